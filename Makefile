@@ -1,0 +1,45 @@
+# make demo: the main job on structures that ship with pymatgen.   make test: the whole suite.
+# Each makes its own virtual environment in .venv and installs into it; nothing is needed beforehand but Python 3.11
+# and a C++17 compiler. TORCH_INDEX: a package index with CPU builds of torch, used where no GPU is found.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
+TORCH_FROM := $(if $(HAS_GPU),,$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)))
+
+.PHONY: demo test test-all lint bench cuda-compile clean
+
+demo: $(VENV)/installed
+	$(BIN)/xrdfast demo --output demo-run
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m "not long"
+
+test-all: $(VENV)/installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+
+bench: $(VENV)/installed-test
+	$(BIN)/python -m benchmarks.run
+
+cuda-compile:
+	benchmarks/check_cuda.sh csrc
+
+$(VENV)/torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH_FROM) --constraint constraints.txt torch
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch pyproject.toml setup.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-run build dist *.egg-info

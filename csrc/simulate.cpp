@@ -1,0 +1,638 @@
+// simulate.cpp: CPU structure factors.
+//
+// One structure: list the reciprocal-lattice points of one Friedel half-space inside the shell, as rows of constant
+// (h, k); find which share a line (key = 2 theta in steps of 1e-5 degrees) so that form factors are evaluated once a
+// line; sum the structure factors row by row; then merge into lines, or into families under the Laue group.
+//
+// Structure factors need no sine in the inner loop: exp(2 pi i h.r) is a product of three per-axis powers, made by
+// recurrence. With P_j = occ_j X_j^h Y_j^k (one a row and atom) and Z_j^l, the four real sums of P and Z parts give
+// both F(h,k,l) and F(h,k,-l): 4 fused multiply-adds for two reflections, eight l at a time in registers.
+// Floors and what is reached: benchmarks/NOTES.md.
+#include "simulate.h"
+
+#include <algorithm>
+
+#include "reflection_math.h"
+
+namespace xrdfast {
+namespace {
+
+constexpr int kLanes = 8;
+typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double)), aligned(8), may_alias));
+
+// Points are searched a hair beyond the limit and then tested one by one, so that rounding in the row limits can't
+// lose one. The test itself has pymatgen's tolerance.
+constexpr double kSearchSlack = 1e-9;
+constexpr double kShellTolerance = 1e-8;
+
+struct Row {
+    int32_t h, k;             // in the internal axis order
+    int32_t l_begin, l_last;  // inclusive
+    int64_t start;            // index of the first reflection
+};
+
+// Reciprocal metric with the axes reordered so that the longest direct axis comes last: long rows of l.
+struct ReciprocalCell {
+    int axis[3];        // internal axis -> given axis
+    double metric[6];   // g0.g0, g1.g1, g2.g2, g1.g2, g0.g2, g0.g1
+    double length[3];   // direct axis lengths, ascending
+    double volume;
+    bool valid;
+};
+
+ReciprocalCell reciprocal_cell(const double* lattice) {
+    ReciprocalCell cell{};
+    double length[3];
+    for (int i = 0; i < 3; ++i) {
+        const double* v = lattice + 3 * i;
+        length[i] = std::sqrt(v[0] * v[0] + v[1] * v[1] + v[2] * v[2]);
+        cell.axis[i] = i;
+    }
+    std::stable_sort(cell.axis, cell.axis + 3, [&](int p, int q) { return length[p] < length[q]; });
+    const double* v[3];
+    for (int i = 0; i < 3; ++i) {
+        v[i] = lattice + 3 * cell.axis[i];
+        cell.length[i] = length[cell.axis[i]];
+    }
+    double g[3][3];
+    for (int i = 0; i < 3; ++i) {
+        const double *p = v[(i + 1) % 3], *q = v[(i + 2) % 3];
+        g[i][0] = p[1] * q[2] - p[2] * q[1];
+        g[i][1] = p[2] * q[0] - p[0] * q[2];
+        g[i][2] = p[0] * q[1] - p[1] * q[0];
+    }
+    const double volume = v[0][0] * g[0][0] + v[0][1] * g[0][1] + v[0][2] * g[0][2];
+    const double cube = length[0] * length[1] * length[2];
+    cell.valid = std::isfinite(volume) && std::isfinite(cube) && std::fabs(volume) > 1e-6 * cube && cube > 0;
+    if (!cell.valid) return cell;
+    cell.volume = std::fabs(volume);
+    for (auto& row : g)
+        for (double& x : row) x /= volume;
+    const auto dot = [&](int i, int j) { return g[i][0] * g[j][0] + g[i][1] * g[j][1] + g[i][2] * g[j][2]; };
+    const double metric[6] = {dot(0, 0), dot(1, 1), dot(2, 2), dot(1, 2), dot(0, 2), dot(0, 1)};
+    std::copy(metric, metric + 6, cell.metric);
+    return cell;
+}
+
+// Checked before anything is listed, so that an absurd cell costs neither time nor memory. |h_i| <= g_max |a_i|.
+SimulateStatus cell_status(const ReciprocalCell& cell, double g_max) {
+    if (!cell.valid) return kBadLattice;
+    const double longest = cell.length[2], volume = cell.volume;
+    const double g = g_max + 0.5 * std::sqrt(cell.metric[0] + cell.metric[1] + cell.metric[2]);
+    if (longest * g_max >= kMaxMillerIndex) return kCellTooLarge;
+    if (2.0 / 3.0 * kPi * g * g * g * volume > static_cast<double>(kMaxReflections)) return kCellTooLarge;
+    return kSimulated;
+}
+
+// Calls visit(h, k, l_begin, l_last) for each row of the half-space h > 0, or h = 0 and k > 0, or h = k = 0 and l > 0.
+template <typename Visit>
+void for_each_row(const ReciprocalCell& cell, double g_max, Visit visit) {
+    const double* m = cell.metric;
+    const double limit2 = g_max * g_max * (1.0 + kSearchSlack) + kSearchSlack * m[0];
+    const double inv22 = 1.0 / m[2];
+    // Schur complement over l, then over k: the smallest g^2 a (h, k) row and an h plane can have.
+    const double s00 = m[0] - m[4] * m[4] * inv22, s11 = m[1] - m[3] * m[3] * inv22, s01 = m[5] - m[3] * m[4] * inv22;
+    const double plane = s00 - s01 * s01 / s11;
+    const int h_max = static_cast<int>(std::sqrt(limit2 / plane));
+    for (int h = 0; h <= h_max; ++h) {
+        const double k_room = (limit2 - h * h * plane) / s11;
+        if (k_room < 0) continue;
+        const double k_middle = -h * s01 / s11, k_half = std::sqrt(k_room);
+        int k_begin = static_cast<int>(std::ceil(k_middle - k_half));
+        const int k_last = static_cast<int>(std::floor(k_middle + k_half));
+        if (h == 0) k_begin = std::max(k_begin, 0);
+        for (int k = k_begin; k <= k_last; ++k) {
+            const double row = h * h * s00 + k * k * s11 + 2.0 * h * k * s01;
+            const double l_room = (limit2 - row) * inv22;
+            if (l_room < 0) continue;
+            const double l_middle = -(h * m[4] + k * m[3]) * inv22, l_half = std::sqrt(l_room);
+            int l_begin = static_cast<int>(std::ceil(l_middle - l_half));
+            const int l_last = static_cast<int>(std::floor(l_middle + l_half));
+            if (h == 0 && k == 0) l_begin = std::max(l_begin, 1);
+            if (l_begin <= l_last) visit(h, k, l_begin, l_last);
+        }
+    }
+}
+
+// A run of atoms of one element and one B: they share f(s) exp(-B s^2).
+struct Species {
+    int element;
+    double b_iso;
+    int64_t begin, end;  // in the sorted atom order
+};
+
+// Everything one structure needs; kept by the thread, so that small structures allocate nothing.
+struct Workspace {
+    std::vector<Row> rows;
+    std::vector<int16_t> hkl[3];               // (n) given axis order
+    std::vector<double> g2, two_theta, sin2;   // (n)
+    std::vector<uint32_t> key, line_of;        // (n)
+    std::vector<double> line_g2, line_f, line_f2;  // (n_lines)
+    std::vector<int64_t> line_start;           // (n_lines + 1), in sorted order
+    std::vector<double> re, im, re2, im2;      // (n) F without and with f'' as its factor
+    std::vector<double> f_squared;             // (n)
+    std::vector<int64_t> atoms;
+    std::vector<Species> species;
+    std::vector<double> x_re, x_im, y_re, y_im, z, p;
+    std::vector<double> sums;                  // four sums a |l|
+    std::vector<uint32_t> code;
+    std::vector<int16_t> orbit;
+    KeySorter sorter, code_sorter;
+    const uint32_t* order = nullptr;
+    int64_t n = 0, n_inside = 0, n_lines = 0;
+};
+
+// exp(2 pi i n t) for n = 0 .. n_max into re[n * stride], im[n * stride]; t is reduced first, so large n keeps 1e-15 n.
+void power_table(double t, int n_max, double scale, double* re, double* im, int64_t stride) {
+    t -= std::nearbyint(t);
+    const double c = std::cos(2 * kPi * t), s = std::sin(2 * kPi * t);
+    double u = scale, v = 0.0;
+    for (int n = 0; n <= n_max; ++n) {
+        re[n * stride] = u;
+        im[n * stride] = v;
+        const double next = u * c - v * s;
+        v = u * s + v * c;
+        u = next;
+    }
+}
+
+XRDFAST_CLONES void reflection_angles(int64_t n, double quarter_wavelength2, double g2_min, double g2_max,
+                                      const double* __restrict g2, double* __restrict sin2,
+                                      double* __restrict two_theta, uint32_t* __restrict key) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        double x = g2[i] * quarter_wavelength2;
+        x = x > 1.0 ? 1.0 : x;
+        const double angle = two_theta_of(x);
+        sin2[i] = x;
+        two_theta[i] = angle;
+        key[i] = g2[i] >= g2_min && g2[i] <= g2_max ? merge_key(angle) : kOutsideKey;
+    }
+}
+
+// f(s) at s^2 = g^2 / 4.
+XRDFAST_CLONES void form_factors(int64_t n, const double* __restrict g2, const double* coefficients, bool mott_bethe,
+                                 double* __restrict f) {
+    std::memset(f, 0, static_cast<size_t>(n) * sizeof(double));
+    for (int k = 0; k < kGaussians; ++k) {
+        const double a = coefficients[k], b = -0.25 * coefficients[kGaussians + k];
+        if (a == 0.0) continue;
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) f[i] += a * exp_nonpositive(b * g2[i]);
+    }
+    const double c = coefficients[2 * kGaussians];
+    if (mott_bethe) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) f[i] = c - 0.25 * 41.78214 * g2[i] * f[i];
+    } else {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) f[i] += c;
+    }
+}
+
+XRDFAST_CLONES void damp(int64_t n, const double* __restrict g2, double b_iso, double* __restrict f) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) f[i] *= exp_nonpositive(-0.25 * b_iso * g2[i]);
+}
+
+XRDFAST_INLINE Lanes load(const double* p) {
+    Lanes v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+// Sums over atoms of P.re Z.re, P.im Z.im, P.re Z.im, P.im Z.re for |l| in blocks [first, last] of eight.
+// z: (n_blocks, n_atoms, 2, kLanes); p: (n_atoms, 2); sums: (n_blocks, 4, kLanes).
+XRDFAST_CLONES void row_sums(int64_t n_atoms, int first, int last, const double* __restrict z,
+                             const double* __restrict p, double* __restrict sums) {
+    int block = first;
+    for (; block + 1 <= last; block += 2) {
+        const double* z0 = z + block * n_atoms * 2 * kLanes;
+        const double* z1 = z0 + n_atoms * 2 * kLanes;
+        Lanes rr0{}, ii0{}, ri0{}, ir0{}, rr1{}, ii1{}, ri1{}, ir1{};
+        for (int64_t j = 0; j < n_atoms; ++j) {
+            const double pr = p[2 * j], pi = p[2 * j + 1];
+            const Lanes zr0 = load(z0 + j * 2 * kLanes), zi0 = load(z0 + j * 2 * kLanes + kLanes);
+            const Lanes zr1 = load(z1 + j * 2 * kLanes), zi1 = load(z1 + j * 2 * kLanes + kLanes);
+            rr0 += zr0 * pr;
+            ii0 += zi0 * pi;
+            ri0 += zi0 * pr;
+            ir0 += zr0 * pi;
+            rr1 += zr1 * pr;
+            ii1 += zi1 * pi;
+            ri1 += zi1 * pr;
+            ir1 += zr1 * pi;
+        }
+        Lanes* out = reinterpret_cast<Lanes*>(sums + block * 4 * kLanes);
+        out[0] = rr0, out[1] = ii0, out[2] = ri0, out[3] = ir0;
+        out[4] = rr1, out[5] = ii1, out[6] = ri1, out[7] = ir1;
+    }
+    if (block <= last) {
+        const double* z0 = z + block * n_atoms * 2 * kLanes;
+        Lanes rr{}, ii{}, ri{}, ir{};
+        for (int64_t j = 0; j < n_atoms; ++j) {
+            const double pr = p[2 * j], pi = p[2 * j + 1];
+            const Lanes zr = load(z0 + j * 2 * kLanes), zi = load(z0 + j * 2 * kLanes + kLanes);
+            rr += zr * pr;
+            ii += zi * pi;
+            ri += zi * pr;
+            ir += zr * pi;
+        }
+        Lanes* out = reinterpret_cast<Lanes*>(sums + block * 4 * kLanes);
+        out[0] = rr, out[1] = ii, out[2] = ri, out[3] = ir;
+    }
+}
+
+XRDFAST_CLONES void row_prefactors(int64_t n, const double* __restrict xr, const double* __restrict xi,
+                                   const double* __restrict yr, const double* __restrict yi, double sign,
+                                   double* __restrict p) {
+    for (int64_t j = 0; j < n; ++j) {
+        const double s = sign * yi[j];
+        p[2 * j] = xr[j] * yr[j] - xi[j] * s;
+        p[2 * j + 1] = xr[j] * s + xi[j] * yr[j];
+    }
+}
+
+// F += f S over one row, from the four sums: S(l) = (rr - ii) + i (ri + ir), S(-l) = (rr + ii) + i (ir - ri).
+XRDFAST_INLINE void accumulate_row(const Row& row, const double* sums, const uint32_t* line_of, const double* f,
+                                   double* re, double* im) {
+    for (int l = row.l_begin; l <= row.l_last; ++l) {
+        const int m = l < 0 ? -l : l;
+        const double sign = l < 0 ? 1.0 : -1.0;
+        const double* s = sums + (m / kLanes) * 4 * kLanes + m % kLanes;
+        const int64_t i = row.start + (l - row.l_begin);
+        const double scale = f[line_of[i]];
+        re[i] += scale * (s[0] + sign * s[kLanes]);
+        im[i] += scale * (s[3 * kLanes] - sign * s[2 * kLanes]);
+    }
+}
+
+class Simulator {
+   public:
+    explicit Simulator(const StructureBatch& batch) : batch_(batch) {}
+
+    // Fills the workspace up to |F|^2 a reflection (Friedel mean). Order: rows; sorted order and lines.
+    SimulateStatus reflections(int64_t structure, Workspace& ws) const {
+        const ReciprocalCell cell = reciprocal_cell(batch_.lattice + 9 * structure);
+        const SimulateStatus refused = cell_status(cell, batch_.g_max);
+        if (refused != kSimulated) return refused;
+        int reach[3] = {0, 0, 0};
+        list_rows(cell, ws, reach);
+        sort_lines(ws);
+        if (ws.n_inside == 0) return kNoReflection;
+        const int64_t begin = batch_.atom_offset[structure], end = batch_.atom_offset[structure + 1];
+        if (!group_species(begin, end, ws)) return kUnknownElement;
+        ws.re.assign(ws.n, 0.0);
+        ws.im.assign(ws.n, 0.0);
+        if (batch_.dispersion) {
+            ws.re2.assign(ws.n, 0.0);
+            ws.im2.assign(ws.n, 0.0);
+        }
+        for (const Species& species : ws.species) add_species(cell, species, reach, ws);
+        ws.f_squared.resize(ws.n);
+        for (int64_t i = 0; i < ws.n; ++i) ws.f_squared[i] = ws.re[i] * ws.re[i] + ws.im[i] * ws.im[i];
+        if (batch_.dispersion)  // |F(h)|^2 and |F(-h)|^2 differ; their mean is |U|^2 + |V|^2, U with f' and V with f''
+            for (int64_t i = 0; i < ws.n; ++i) ws.f_squared[i] += ws.re2[i] * ws.re2[i] + ws.im2[i] * ws.im2[i];
+        return kSimulated;
+    }
+
+   private:
+    const double* coefficients(int element) const { return batch_.form_factor + element * kFormFactorColumns; }
+
+    void list_rows(const ReciprocalCell& cell, Workspace& ws, int* reach) const {
+        ws.rows.clear();
+        int64_t n = 0;
+        for_each_row(cell, batch_.g_max + kShellTolerance, [&](int h, int k, int l_begin, int l_last) {
+            ws.rows.push_back({h, k, l_begin, l_last, n});
+            n += l_last - l_begin + 1;
+            reach[0] = std::max(reach[0], h);
+            reach[1] = std::max(reach[1], std::abs(k));
+            reach[2] = std::max({reach[2], std::abs(l_begin), std::abs(l_last)});
+        });
+        ws.n = n;
+        ws.g2.resize(n);
+        for (auto& index : ws.hkl) index.resize(n);
+        int16_t* out[3];
+        for (int i = 0; i < 3; ++i) out[i] = ws.hkl[cell.axis[i]].data();
+        int place[3];  // given axis -> internal axis
+        for (int i = 0; i < 3; ++i) place[cell.axis[i]] = i;
+        const double* m = cell.metric;
+        for (const Row& row : ws.rows) {
+            const double h = row.h, k = row.k;
+            const double constant = h * h * m[0] + k * k * m[1] + 2.0 * h * k * m[5];
+            const double linear = 2.0 * (k * m[3] + h * m[4]);
+            double* g2 = ws.g2.data() + row.start;
+            const int count = row.l_last - row.l_begin + 1;
+            for (int i = 0; i < count; ++i) {
+                const double l = row.l_begin + i;
+                g2[i] = constant + l * (linear + l * m[2]);
+                // The half-space of the internal axes need not be that of the given ones: name the mate there.
+                const int index[3] = {row.h, row.k, row.l_begin + i};
+                const int a = index[place[0]], b = index[place[1]], c = index[place[2]];
+                const int sign = a != 0 ? (a > 0) - (a < 0) : b != 0 ? (b > 0) - (b < 0) : (c > 0) - (c < 0);
+                for (int j = 0; j < 3; ++j) out[j][row.start + i] = static_cast<int16_t>(sign * index[j]);
+            }
+        }
+    }
+
+    void sort_lines(Workspace& ws) const {
+        const int64_t n = ws.n;
+        ws.sin2.resize(n);
+        ws.two_theta.resize(n);
+        ws.key.resize(n);
+        ws.line_of.resize(n);
+        const double low = std::max(batch_.g_min, 0.0), high = batch_.g_max + kShellTolerance;
+        reflection_angles(n, 0.25 * batch_.wavelength * batch_.wavelength, low * low, high * high, ws.g2.data(),
+                          ws.sin2.data(), ws.two_theta.data(), ws.key.data());
+        ws.order = ws.sorter.sort(ws.key.data(), n);
+        ws.line_start.clear();
+        ws.line_g2.clear();
+        uint32_t previous = kOutsideKey;
+        ws.n_inside = n;
+        for (int64_t i = 0; i < n; ++i) {
+            const uint32_t index = ws.order[i], key = ws.key[index];
+            if (key == kOutsideKey) {
+                if (ws.n_inside == n) ws.n_inside = i;
+                ws.line_of[index] = 0;  // never read; keeps the gather in bounds
+                continue;
+            }
+            if (key != previous) {
+                ws.line_start.push_back(i);
+                ws.line_g2.push_back(ws.g2[index]);
+                previous = key;
+            }
+            ws.line_of[index] = static_cast<uint32_t>(ws.line_start.size() - 1);
+        }
+        ws.n_lines = static_cast<int64_t>(ws.line_start.size());
+        if (ws.n_lines == 0) ws.n_inside = 0;
+        ws.line_start.push_back(ws.n_inside);
+    }
+
+    bool group_species(int64_t begin, int64_t end, Workspace& ws) const {
+        ws.atoms.clear();
+        for (int64_t j = begin; j < end; ++j) {
+            const int element = batch_.atomic_number[j];
+            if (element >= batch_.n_elements || std::isnan(coefficients(element)[2 * kGaussians])) return false;
+            ws.atoms.push_back(j);
+        }
+        const auto before = [&](int64_t p, int64_t q) {
+            const int zp = batch_.atomic_number[p], zq = batch_.atomic_number[q];
+            return zp != zq ? zp < zq : batch_.b_iso[p] < batch_.b_iso[q];
+        };
+        if (!std::is_sorted(ws.atoms.begin(), ws.atoms.end(), before))
+            std::stable_sort(ws.atoms.begin(), ws.atoms.end(), before);
+        ws.species.clear();
+        for (int64_t i = 0; i < static_cast<int64_t>(ws.atoms.size()); ++i) {
+            const int64_t j = ws.atoms[i];
+            const int element = batch_.atomic_number[j];
+            if (ws.species.empty() || ws.species.back().element != element ||
+                ws.species.back().b_iso != batch_.b_iso[j])
+                ws.species.push_back({element, batch_.b_iso[j], i, i});
+            ws.species.back().end = i + 1;
+        }
+        return true;
+    }
+
+    void add_species(const ReciprocalCell& cell, const Species& species, const int* reach, Workspace& ws) const {
+        const int64_t n = species.end - species.begin;
+        const int n_blocks = reach[2] / kLanes + 1;
+        ws.x_re.resize((reach[0] + 1) * n);
+        ws.x_im.resize((reach[0] + 1) * n);
+        ws.y_re.resize((reach[1] + 1) * n);
+        ws.y_im.resize((reach[1] + 1) * n);
+        ws.z.resize(static_cast<int64_t>(n_blocks) * n * 2 * kLanes);
+        ws.p.resize(2 * n);
+        ws.sums.resize(static_cast<int64_t>(n_blocks) * 4 * kLanes);
+        double table[2 * (kMaxMillerIndex + kLanes + 1)];
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t atom = ws.atoms[species.begin + i];
+            const double* r = batch_.fractional + 3 * atom;
+            power_table(r[cell.axis[0]], reach[0], batch_.occupancy[atom], ws.x_re.data() + i, ws.x_im.data() + i, n);
+            power_table(r[cell.axis[1]], reach[1], 1.0, ws.y_re.data() + i, ws.y_im.data() + i, n);
+            const int count = n_blocks * kLanes;
+            power_table(r[cell.axis[2]], count - 1, 1.0, table, table + count, 1);
+            for (int block = 0; block < n_blocks; ++block) {
+                double* z = ws.z.data() + (static_cast<int64_t>(block) * n + i) * 2 * kLanes;
+                std::copy(table + block * kLanes, table + (block + 1) * kLanes, z);
+                std::copy(table + count + block * kLanes, table + count + (block + 1) * kLanes, z + kLanes);
+            }
+        }
+        ws.line_f.resize(ws.n_lines);
+        const int e = species.element;
+        form_factors(ws.n_lines, ws.line_g2.data(), coefficients(e), batch_.mott_bethe, ws.line_f.data());
+        if (batch_.dispersion) {
+            ws.line_f2.assign(ws.n_lines, batch_.dispersion[2 * e + 1]);
+            for (double& f : ws.line_f) f += batch_.dispersion[2 * e];
+        }
+        if (species.b_iso != 0.0) {
+            damp(ws.n_lines, ws.line_g2.data(), species.b_iso, ws.line_f.data());
+            if (batch_.dispersion) damp(ws.n_lines, ws.line_g2.data(), species.b_iso, ws.line_f2.data());
+        }
+        for (const Row& row : ws.rows) {
+            const int k = std::abs(row.k);
+            row_prefactors(n, ws.x_re.data() + row.h * n, ws.x_im.data() + row.h * n, ws.y_re.data() + k * n,
+                           ws.y_im.data() + k * n, row.k < 0 ? -1.0 : 1.0, ws.p.data());
+            const int low = std::abs(row.l_begin), high = std::abs(row.l_last);
+            const bool crosses = row.l_begin <= 0 && row.l_last >= 0;
+            row_sums(n, (crosses ? 0 : std::min(low, high)) / kLanes, std::max(low, high) / kLanes, ws.z.data(),
+                     ws.p.data(), ws.sums.data());
+            accumulate_row(row, ws.sums.data(), ws.line_of.data(), ws.line_f.data(), ws.re.data(), ws.im.data());
+            if (batch_.dispersion)
+                accumulate_row(row, ws.sums.data(), ws.line_of.data(), ws.line_f2.data(), ws.re2.data(),
+                               ws.im2.data());
+        }
+    }
+
+    const StructureBatch& batch_;
+};
+
+XRDFAST_CLONES void line_strengths(int64_t n, const double* __restrict sin2, double* __restrict f_squared) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) f_squared[i] *= lorentz_polarisation(sin2[i]);
+}
+
+bool larger_hkl(const Workspace& ws, uint32_t p, uint32_t q) {
+    for (const auto& index : ws.hkl)
+        if (index[p] != index[q]) return index[p] > index[q];
+    return false;
+}
+
+// Writes one structure's lines from row `at`, packed; returns how many, or 0 where there is no intensity. A line has
+// the smallest angle of its members and is named by their largest (h, k, l).
+int64_t merge_lines(Workspace& ws, int64_t at, const LinesOutput& out) {
+    line_strengths(ws.n, ws.sin2.data(), ws.f_squared.data());
+    std::vector<double>& strength = ws.line_f;
+    double strongest = 0.0;
+    for (int64_t line = 0; line < ws.n_lines; ++line) {
+        double sum = 0.0;
+        for (int64_t i = ws.line_start[line]; i < ws.line_start[line + 1]; ++i) sum += ws.f_squared[ws.order[i]];
+        strength[line] = sum;
+        strongest = sum > strongest ? sum : strongest;
+    }
+    if (!(strongest > 0.0) || !std::isfinite(strongest)) return 0;
+    int64_t row = at;
+    for (int64_t line = 0; line < ws.n_lines; ++line) {
+        const double scaled = strength[line] / strongest * 100.0;
+        if (!(scaled > kMinScaledIntensity)) continue;
+        uint32_t lowest = ws.order[ws.line_start[line]], name = lowest;
+        for (int64_t i = ws.line_start[line] + 1; i < ws.line_start[line + 1]; ++i) {
+            const uint32_t index = ws.order[i];
+            if (ws.g2[index] < ws.g2[lowest]) lowest = index;
+            if (larger_hkl(ws, index, name)) name = index;
+        }
+        out.two_theta[row] = ws.two_theta[lowest];
+        out.intensity[row] = scaled;
+        out.d_spacing[row] = 1.0 / std::sqrt(ws.g2[lowest]);
+        for (int i = 0; i < 3; ++i) out.hkl[3 * row + i] = ws.hkl[i][name];
+        ++row;
+    }
+    return row - at;
+}
+
+// code = largest image of hkl under the group and inversion; orbit = number of distinct images.
+XRDFAST_CLONES void canonical_codes(int64_t n, const int16_t* h, const int16_t* k, const int16_t* l,
+                                    const int8_t* rotations, int64_t n_rotations, uint32_t* __restrict code,
+                                    int16_t* __restrict hits) {
+    constexpr int kShift = kMaxMillerIndex + 1;
+    for (int64_t i = 0; i < n; ++i) code[i] = 0, hits[i] = 0;
+    for (int64_t r = 0; r < n_rotations; ++r) {
+        const int8_t* w = rotations + 9 * r;
+        for (int64_t i = 0; i < n; ++i) {
+            const int a = h[i] * w[0] + k[i] * w[3] + l[i] * w[6];
+            const int b = h[i] * w[1] + k[i] * w[4] + l[i] * w[7];
+            const int c = h[i] * w[2] + k[i] * w[5] + l[i] * w[8];
+            const uint32_t plus = static_cast<uint32_t>(((a + kShift) << 20) + ((b + kShift) << 10) + (c + kShift));
+            const uint32_t minus = static_cast<uint32_t>(((kShift - a) << 20) + ((kShift - b) << 10) + (kShift - c));
+            const uint32_t image = plus > minus ? plus : minus;
+            hits[i] = static_cast<int16_t>(image > code[i] ? 1 : hits[i] + (image == code[i]));
+            code[i] = image > code[i] ? image : code[i];
+        }
+    }
+}
+
+// Writes one structure's families from row `at`, in order of angle; returns how many.
+int64_t group_families(Workspace& ws, const int8_t* rotations, int64_t n_rotations, int64_t at,
+                       const FamiliesOutput& out) {
+    static const int8_t kIdentity[9] = {1, 0, 0, 0, 1, 0, 0, 0, 1};
+    if (n_rotations == 0) rotations = kIdentity, n_rotations = 1;
+    const int64_t n = ws.n;
+    ws.code.resize(n);
+    ws.orbit.resize(n);
+    canonical_codes(n, ws.hkl[0].data(), ws.hkl[1].data(), ws.hkl[2].data(), rotations, n_rotations, ws.code.data(),
+                    ws.orbit.data());
+    for (int64_t i = 0; i < n; ++i)
+        if (ws.key[i] == kOutsideKey) ws.code[i] = kOutsideKey;
+    const uint32_t* order = ws.code_sorter.sort(ws.code.data(), n);
+    // re, im and line_of have served; the families take their room.
+    std::vector<double>& mean = ws.re;
+    std::vector<double>& strength = ws.im;
+    std::vector<uint32_t>& member = ws.line_of;
+    int64_t n_families = 0;
+    double strongest = 0.0;
+    for (int64_t i = 0; i < n && ws.code[order[i]] != kOutsideKey;) {
+        const uint32_t first = order[i];
+        double sum = 0.0;
+        int64_t j = i;
+        for (; j < n && ws.code[order[j]] == ws.code[first]; ++j) sum += ws.f_squared[order[j]];
+        const int multiplicity = static_cast<int>(2 * n_rotations / ws.orbit[first]);
+        mean[n_families] = sum / static_cast<double>(j - i);
+        strength[n_families] = mean[n_families] * multiplicity * lorentz_polarisation(ws.sin2[first]);
+        strongest = std::max(strongest, strength[n_families]);
+        member[n_families++] = first;
+        i = j;
+    }
+    if (!(strongest > 0.0) || !std::isfinite(strongest)) return 0;
+    std::vector<uint32_t>& family_key = ws.code;  // read to the end above
+    std::vector<uint32_t> codes(n_families);
+    for (int64_t f = 0; f < n_families; ++f) codes[f] = ws.code[member[f]];
+    for (int64_t f = 0; f < n_families; ++f)
+        family_key[f] = strength[f] > out.relative_cutoff * strongest ? ws.key[member[f]] : kOutsideKey;
+    const uint32_t* by_angle = ws.sorter.sort(family_key.data(), n_families);
+    int64_t kept = at;
+    for (int64_t i = 0; i < n_families && family_key[by_angle[i]] != kOutsideKey; ++i, ++kept) {
+        const uint32_t f = by_angle[i];
+        const uint32_t c = codes[f];
+        out.hkl[3 * kept] = static_cast<int16_t>(static_cast<int>(c >> 20) - (kMaxMillerIndex + 1));
+        out.hkl[3 * kept + 1] = static_cast<int16_t>(static_cast<int>((c >> 10) & 1023) - (kMaxMillerIndex + 1));
+        out.hkl[3 * kept + 2] = static_cast<int16_t>(static_cast<int>(c & 1023) - (kMaxMillerIndex + 1));
+        out.multiplicity[kept] = static_cast<int16_t>(2 * n_rotations / ws.orbit[member[f]]);
+        out.f_squared[kept] = static_cast<float>(mean[f]);
+    }
+    return kept - at;
+}
+
+// Runs `finish(ws, structure, first free row)` for every structure in parallel, each into its own room, then closes
+// the gaps with `move(from, to, rows)`.
+template <typename Finish, typename Move>
+void simulate_all(const StructureBatch& batch, const int64_t* capacity_offset, int64_t* offset, int32_t* status,
+                  int n_threads, Finish finish, Move move) {
+    const Simulator simulator(batch);
+    const int64_t n = batch.n_structures;
+    offset[0] = 0;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(n_threads) if (n > 1 && n_threads > 1)
+    for (int64_t i = 0; i < n; ++i) {
+        static thread_local Workspace ws;
+        SimulateStatus code = simulator.reflections(i, ws);
+        int64_t rows = 0;
+        if (code == kSimulated) {
+            rows = finish(ws, i, capacity_offset[i] - capacity_offset[0]);
+            if (rows == 0) code = kNoIntensity;
+        }
+        status[i] = code;
+        offset[i + 1] = rows;
+    }
+    int64_t at = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t rows = offset[i + 1];
+        const int64_t from = capacity_offset[i] - capacity_offset[0];
+        if (rows && at != from) move(from, at, rows);
+        at += rows;
+        offset[i + 1] = at;
+    }
+}
+
+template <typename T>
+void move_rows(T* base, int64_t from, int64_t to, int64_t rows, int64_t width = 1) {
+    std::memmove(base + to * width, base + from * width, static_cast<size_t>(rows * width) * sizeof(T));
+}
+
+}  // namespace
+
+void count_reflections_cpu(const double* lattice, int64_t n_structures, double g_max, int64_t* count) {
+    for (int64_t i = 0; i < n_structures; ++i) {
+        const ReciprocalCell cell = reciprocal_cell(lattice + 9 * i);
+        count[i] = 0;
+        if (cell_status(cell, g_max) != kSimulated) continue;
+        int64_t n = 0;
+        for_each_row(cell, g_max + kShellTolerance, [&](int, int, int first, int last) { n += last - first + 1; });
+        count[i] = n;
+    }
+}
+
+void simulate_lines_cpu(const StructureBatch& batch, const LinesOutput& out, int n_threads) {
+    simulate_all(
+        batch, out.capacity_offset, out.offset, out.status, n_threads,
+        [&](Workspace& ws, int64_t, int64_t at) { return merge_lines(ws, at, out); },
+        [&](int64_t from, int64_t to, int64_t rows) {
+            move_rows(out.two_theta, from, to, rows);
+            move_rows(out.intensity, from, to, rows);
+            move_rows(out.d_spacing, from, to, rows);
+            move_rows(out.hkl, from, to, rows, 3);
+        });
+}
+
+void simulate_families_cpu(const StructureBatch& batch, const FamiliesOutput& out, int n_threads) {
+    simulate_all(
+        batch, out.capacity_offset, out.offset, out.status, n_threads,
+        [&](Workspace& ws, int64_t i, int64_t at) {
+            const int64_t begin = out.rotation_offset[i];
+            return group_families(ws, out.rotations + 9 * begin, out.rotation_offset[i + 1] - begin, at, out);
+        },
+        [&](int64_t from, int64_t to, int64_t rows) {
+            move_rows(out.hkl, from, to, rows, 3);
+            move_rows(out.multiplicity, from, to, rows);
+            move_rows(out.f_squared, from, to, rows);
+        });
+}
+
+}  // namespace xrdfast

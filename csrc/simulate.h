@@ -1,0 +1,70 @@
+// simulate.h: crystal structures -> reflections (families under the Laue group, or lines merged as pymatgen does).
+// Plain C++; no torch, no CUDA headers. The Python side (xrdfast/ops/simulate.py) checks and allocates.
+#pragma once
+#include <cstdint>
+
+namespace xrdfast {
+
+constexpr int kGaussians = 5;        // terms of a form-factor fit, zero-padded
+constexpr int kFormFactorColumns = 2 * kGaussians + 1;
+
+enum SimulateStatus : int32_t {
+    kSimulated = 0,
+    kNoReflection = 1,    // no reciprocal-lattice point between the limits
+    kUnknownElement = 2,  // an element without a form factor in the chosen table
+    kCellTooLarge = 3,    // a Miller index beyond kMaxMillerIndex, or more than kMaxReflections
+    kBadLattice = 4,      // non-finite or singular lattice
+    kNoIntensity = 5,     // every structure factor vanishes or is not finite
+};
+constexpr int kMaxMillerIndex = 511;              // three indices are packed into 30 bits
+constexpr int64_t kMaxReflections = int64_t{1} << 26;  // a structure; about 5 GB of workspace
+
+// Structures packed one after another, and how they scatter.
+struct StructureBatch {
+    const int64_t* atom_offset;    // (n_structures + 1)
+    const double* lattice;         // (n_structures, 3, 3), rows a, b, c, Angstrom
+    const uint8_t* atomic_number;  // (n_atoms), below n_elements
+    const double* fractional;      // (n_atoms, 3)
+    const double* occupancy;       // (n_atoms), 0..1
+    const double* b_iso;           // (n_atoms), Angstrom^2
+    // f(s) = c + g(s) sum_k a_k exp(-b_k s^2), s = sin(theta) / lambda; g = 1, or -41.78214 s^2 for a Mott-Bethe fit
+    const double* form_factor;     // (n_elements, kFormFactorColumns): a_1..a_5, b_1..b_5 (Angstrom^2), c;
+                                   // c is NaN where the table has no such element
+    const double* dispersion;      // (n_elements, 2) f', f'' in electrons, or null
+    int64_t n_structures;
+    int64_t n_elements;
+    bool mott_bethe;
+    double wavelength;             // Angstrom
+    double g_min, g_max;           // limits of 1 / d, 1 / Angstrom, inclusive
+};
+
+struct LinesOutput {
+    const int64_t* capacity_offset;  // (n_structures + 1), running sum of count_reflections_cpu: room for each structure
+    int64_t* offset;                 // (n_structures + 1), written: lines are packed without gaps from row 0
+    double* two_theta;               // degrees
+    double* intensity;               // strongest line of a structure = 100
+    double* d_spacing;               // Angstrom
+    int16_t* hkl;                    // (rows, 3), the largest member in lexical order
+    int32_t* status;                 // (n_structures), SimulateStatus
+};
+
+struct FamiliesOutput {
+    const int64_t* capacity_offset;  // (n_structures + 1)
+    const int64_t* rotation_offset;  // (n_structures + 1)
+    const int8_t* rotations;         // (n_rotations, 3, 3), hkl' = hkl W; none = identity only
+    double relative_cutoff;          // families weaker than this share of the strongest line are left out
+    int64_t* offset;                 // (n_structures + 1), written
+    int16_t* hkl;                    // (rows, 3), largest member in lexical order
+    int16_t* multiplicity;           // Friedel mates counted
+    float* f_squared;                // |F|^2, electrons^2, mean over the members and Friedel mates; no LP
+    int32_t* status;                 // (n_structures)
+};
+
+// Upper bound of the number of Friedel-unique reflections of each structure; 0 where it will not be simulated.
+void count_reflections_cpu(const double* lattice, int64_t n_structures, double g_max, int64_t* count);
+
+// Rows of the output buffers beyond offset[n_structures] are left undefined.
+void simulate_lines_cpu(const StructureBatch& batch, const LinesOutput& out, int n_threads);
+void simulate_families_cpu(const StructureBatch& batch, const FamiliesOutput& out, int n_threads);
+
+}  // namespace xrdfast

@@ -1,0 +1,123 @@
+"""The `paper` encoder equals the published architecture: outputs, gradients, sizes and cost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from tests.models.published_reference import PositionEmbedding, grid_angle, published_logits, published_models
+from xrdfast.models import build_model
+from xrdfast.models.encoder import PatchEmbedding, sinusoidal_positions
+from xrdfast.models.published_checkpoint import published_name
+
+
+def close(got: torch.Tensor, want: torch.Tensor, rtol: float = 1e-10) -> None:
+    scale = want.abs().max().item() or 1.0
+    assert (got - want).abs().max().item() <= rtol * scale
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_forward_equals_published(paper_pair, patterns, training):
+    models, own = paper_pair
+    for module in (*models.values(), own):
+        module.train(training)
+    with torch.no_grad():
+        want = published_logits(models, patterns)
+        got = own(patterns)._asdict()
+    for task in want:
+        close(got[task], want[task])
+
+
+def test_gradients_equal_published(paper_pair, patterns):
+    models, own = paper_pair
+    for module in (*models.values(), own):
+        module.train()
+        module.zero_grad()
+    intensity = patterns.clone().requires_grad_()
+    generator = torch.Generator().manual_seed(3)
+    want, got = published_logits(models, intensity), own(intensity)._asdict()
+    cotangent = {t: torch.randn(want[t].shape, generator=generator, dtype=torch.float64) for t in want}
+    sum((cotangent[t] * want[t]).sum() for t in want).backward()
+    want_input, intensity.grad = intensity.grad, None
+    sum((cotangent[t] * got[t]).sum() for t in got).backward()
+    close(intensity.grad, want_input, rtol=1e-9)
+    theirs = {f"{part}.{name}": p for part, m in models.items() for name, p in m.named_parameters()}
+    largest = max(p.grad.abs().max().item() for p in theirs.values() if p.grad is not None)
+    for name, parameter in own.named_parameters():
+        want = theirs[published_name(name)].grad.flatten()
+        # The second term is for the keys' bias: it shifts all scores alike, so its gradient is rounding.
+        bound = 1e-9 * want.abs().max().item() + 1e-14 * largest
+        assert (parameter.grad.flatten() - want).abs().max().item() <= bound, name
+
+
+def test_pattern_without_active_patch_is_finite_and_uniform(paper_pair):
+    models, own = paper_pair
+    own.eval()
+    blank = torch.zeros(1, 8500, dtype=torch.float64)
+    mixed = torch.cat([blank, torch.full_like(blank, 50.0)])
+    with torch.no_grad():
+        close(own.encode(mixed)[:1], own.encode(blank))
+        models["rep"].eval()
+        close(own.encode(blank), models["rep"](blank, grid_angle(1, torch.float64)))
+
+
+def test_patch_embedding_is_the_chain_of_convolutions():
+    torch.manual_seed(0)
+    embedding = PatchEmbedding().double()
+    patches = 100 * torch.rand(3, 850, 10, dtype=torch.float64)
+    x = patches.view(-1, 1, 10)
+    for convolution, padding in zip(embedding.convolutions, (0, 1, 1, 0), strict=True):
+        x = F.avg_pool1d(convolution(x), 2, padding=padding)
+    close(embedding(patches), x.view(3, 850, 16), rtol=1e-13)
+
+
+def test_fixed_positions_equal_published():
+    close(sinusoidal_positions(850, 32), PositionEmbedding().position_embedding, rtol=1e-6)
+
+
+def test_dropout_places():
+    """Three in the local branch, two in each attention layer, all at the published rate."""
+    model = build_model("paper").train()
+    places = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    assert places == [0.25] * 3  # one module a branch or layer, used at each of its places
+    torch.manual_seed(0)
+    drops = []
+    original = F.dropout
+
+    def counting(x, p, training, inplace=False):
+        drops.append(tuple(x.shape[1:]))
+        return original(x, p, training, inplace)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(F, "dropout", counting)
+        model(torch.rand(2, 8500))
+    assert drops == [(1024, 8), (1024, 4), (1024, 2), *[(850, 32)] * 4]
+
+
+def test_parameters_and_flops():
+    """30.25 M parameters and 1.93 GFLOP a pattern; ours does no more than the transcription."""
+    model, published = build_model("paper").eval(), published_models()
+    n_parameters = sum(p.numel() for p in model.parameters())
+    assert n_parameters == sum(
+        p.numel() for m in published.values() for p in m.parameters() if p.requires_grad
+    )
+    assert 30.2e6 < n_parameters < 30.3e6
+
+    attention = {  # torch counts every attention kernel but this one
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+            q, k, v
+        )
+    }
+    intensity = torch.rand(2, 8500)
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=attention) as counter:
+        model(intensity)
+    own = counter.get_total_flops() / 2
+    for module in published.values():
+        module.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        published_logits(published, intensity)
+    want = counter.get_total_flops() / 2
+    assert 1.92e9 < want < 1.94e9
+    assert 1.92e9 < own <= want

@@ -1,0 +1,30 @@
+"""The registry: every preset builds, runs and states what it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from xrdfast.models import PRESETS, build_model
+from xrdfast.symmetry import N_CLASSES
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_builds_and_runs(name):
+    model = build_model(name).eval()
+    assert model.preset == PRESETS[name].name == name
+    assert set(model.tasks) == set(PRESETS[name].head_widths)
+    with torch.no_grad():
+        features = model.encode(torch.zeros(2, 8500))
+        logits = model.classify(features)
+    assert features.shape == (2, model.encoder.n_features)
+    for task, values in logits._asdict().items():
+        if task in model.tasks:
+            assert values.shape == (2, N_CLASSES[task]) and values.isfinite().all()
+        else:
+            assert values is None
+
+
+def test_unknown_name_is_refused():
+    with pytest.raises(ValueError, match=r"build_model: name must be one of paper, .*got 'large'"):
+        build_model("large")

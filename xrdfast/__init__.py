@@ -1,0 +1,38 @@
+"""xrdfast: from a powder X-ray diffraction pattern to the symmetry of the crystal.
+
+Importing this package loads nothing heavy and compiles nothing; names are looked up when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "PackedStructures": "xrdfast.data.structures",
+    "load_structures": "xrdfast.data.structures",
+    "analyse_symmetry": "xrdfast.data.structures",
+    "PatternStore": "xrdfast.data.store",
+    "generate_store": "xrdfast.data.generate",
+    "simulate_lines": "xrdfast.ops.simulate",
+    "simulate_families": "xrdfast.ops.simulate",
+    "render_sticks": "xrdfast.ops.preprocess",
+    "build_model": "xrdfast.models.presets",
+    "Trainer": "xrdfast.training.trainer",
+    "joint_posterior": "xrdfast.posterior",
+    "SymmetryPredictor": "xrdfast.prediction",
+    "InputError": "xrdfast.errors",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> object:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'xrdfast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

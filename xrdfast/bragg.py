@@ -1,0 +1,159 @@
+"""Bragg's law, radiations, the 2theta grid, and metrics of the reciprocal lattice. Not for intensities of structures.
+
+    lambda = 2 d sin(theta),   q = 2 pi / d
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+# K-alpha1, K-alpha2 in Angstrom. Copper: the values of the XRDecoupler grid (arXiv:2511.06976) and its doublet;
+# the others: International Tables for Crystallography C (2004), table 4.2.2.4.
+_DOUBLETS = {
+    "Cu": (1.54056, 1.54439),
+    "Mo": (0.70931715, 0.713607),
+    "Co": (1.78899600, 1.792835),
+    "Fe": (1.93607300, 1.940077),
+    "Cr": (2.28972600, 2.293651),
+    "Ag": (0.55942178, 0.563813),
+}
+KA1_WAVELENGTH = _DOUBLETS["Cu"][0]  # of every grid a model reads
+
+
+def radiations() -> dict[str, float]:
+    """Wavelengths by name, Angstrom: CuKa1, CuKa2 and CuKa, the mean weighted 2 to 1, for each anode."""
+    table = {}
+    for anode, (first, second) in _DOUBLETS.items():
+        table |= {f"{anode}Ka1": first, f"{anode}Ka2": second, f"{anode}Ka": (2.0 * first + second) / 3.0}
+    return table
+
+
+def wavelength_of(radiation: str | float) -> float:
+    """Wavelength in Angstrom of a named radiation, or of a number given as such.
+
+    Raises:
+        ValueError: for an unknown name, or a number that is not finite and positive.
+
+    Example:
+        >>> wavelength_of("CuKa1")
+        1.54056
+        >>> wavelength_of("0.7")
+        0.7
+    """
+    table = radiations()
+    if radiation in table:
+        return table[radiation]
+    try:
+        value = float(radiation)
+    except ValueError:
+        raise ValueError(
+            f"wavelength_of: radiation must be a number in Angstrom or one of {', '.join(table)}, got {radiation!r}"
+        ) from None
+    if not (math.isfinite(value) and value > 0.0):
+        raise ValueError(f"wavelength_of: wavelength must be finite and > 0 Angstrom, got {radiation}")
+    return value
+
+
+def d_spacing_of(two_theta: ArrayLike, wavelength: float) -> NDArray[np.float64]:
+    """d in Angstrom at angles in degrees, 0 < 2theta <= 180; NaN elsewhere.
+
+    Raises:
+        ValueError: for a wavelength that is not finite and positive.
+
+    Example:
+        >>> round(float(d_spacing_of(60.0, 2.0)), 9)
+        2.0
+    """
+    two_theta = np.asarray(two_theta, dtype=np.float64)
+    inside = (two_theta > 0.0) & (two_theta <= 180.0)
+    sine = np.sin(np.radians(np.where(inside, two_theta, 180.0) / 2.0))
+    return np.where(inside, wavelength_of(wavelength) / (2.0 * sine), np.nan)
+
+
+def two_theta_of(d_spacing: ArrayLike, wavelength: float) -> NDArray[np.float64]:
+    """2theta in degrees of spacings in Angstrom; NaN where lambda / 2d > 1 or d <= 0: nothing diffracts there.
+
+    Raises:
+        ValueError: for a wavelength that is not finite and positive.
+
+    Example:
+        >>> float(two_theta_of(1.0, 2.0))
+        180.0
+    """
+    d_spacing = np.asarray(d_spacing, dtype=np.float64)
+    wavelength = wavelength_of(wavelength)
+    reachable = d_spacing >= wavelength / 2.0
+    sine = wavelength / (2.0 * np.where(reachable, d_spacing, wavelength))
+    return np.where(reachable, np.degrees(2.0 * np.arcsin(sine)), np.nan)
+
+
+def q_of(d_spacing: ArrayLike) -> NDArray[np.float64]:
+    """q = 2 pi / d in 1/Angstrom, or d from q by the same rule; NaN where the argument is <= 0.
+
+    Example:
+        >>> round(float(q_of(1.0)), 6)
+        6.283185
+    """
+    d_spacing = np.asarray(d_spacing, dtype=np.float64)
+    positive = d_spacing > 0.0
+    return np.where(positive, 2.0 * np.pi / np.where(positive, d_spacing, 1.0), np.nan)
+
+
+def convert_two_theta(two_theta: ArrayLike, wavelength: float, new_wavelength: float) -> NDArray[np.float64]:
+    """Angles at another wavelength, through d; NaN where the reflection does not exist there."""
+    return two_theta_of(d_spacing_of(two_theta, wavelength), new_wavelength)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A 2theta axis, half-open: point k stands for two_theta_min + k * two_theta_step, degrees.
+
+    The default is the grid of XRDecoupler: 8,500 points from 5 to, not including, 90 degrees.
+
+    Raises:
+        ValueError: for limits outside 0..180, an empty range or a step that is not positive.
+    """
+
+    two_theta_min: float = 5.0
+    two_theta_max: float = 90.0
+    two_theta_step: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.two_theta_min < self.two_theta_max <= 180.0:
+            raise ValueError(
+                f"Grid: two_theta_min, two_theta_max must be 0 <= min < max <= 180 degrees, "
+                f"got {self.two_theta_min}, {self.two_theta_max}"
+            )
+        if not 0.0 < self.two_theta_step <= self.two_theta_max - self.two_theta_min:
+            raise ValueError(f"Grid: two_theta_step must be > 0 and within the range, got {self.two_theta_step}")
+
+    @property
+    def n_points(self) -> int:
+        """Number of points."""
+        return round((self.two_theta_max - self.two_theta_min) / self.two_theta_step)
+
+    def two_theta(self) -> NDArray[np.float64]:
+        """(n_points,) angles of the points, degrees."""
+        return self.two_theta_min + self.two_theta_step * np.arange(self.n_points)
+
+
+def reciprocal_metric(lattice: ArrayLike) -> NDArray[np.float64]:
+    """a*.a*, b*.b*, c*.c*, b*.c*, a*.c*, a*.b* of cells, so that 1/d^2 = h^T G* h.
+
+    Args:
+        lattice: (..., 3, 3), rows a, b, c in Angstrom.
+
+    Returns:
+        (..., 6) float64, 1/Angstrom^2.
+
+    Example:
+        >>> reciprocal_metric(2.0 * np.eye(3)).tolist()
+        [0.25, 0.25, 0.25, 0.0, 0.0, 0.0]
+    """
+    lattice = np.asarray(lattice, dtype=np.float64)
+    inverse = np.linalg.inv(lattice @ np.swapaxes(lattice, -1, -2))
+    return inverse[..., (0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1)]

@@ -1,0 +1,1 @@
+"""Structures, scans and pattern stores: everything that is read, simulated and kept. Not for models."""

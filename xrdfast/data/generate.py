@@ -1,0 +1,232 @@
+"""From structures to a pattern store, and from a store to batches of strained, rendered patterns.
+
+`generate_store` simulates once, in bounded memory; `PatternSource` renders on the fly what training and
+evaluation see. Not for reading structures (`xrdfast.data.structures`) or for the store's format
+(`xrdfast.data.store`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from xrdfast.bragg import Grid
+from xrdfast.data.folds import assign_folds
+from xrdfast.data.store import PatternStore, SimulationConfig, StoreWriter
+from xrdfast.data.structures import PackedStructures, Rejected
+from xrdfast.ops.preprocess import render_sticks
+from xrdfast.ops.simulate import STATUS_REASONS, simulate_families
+
+# Reflections of a chunk at most (one structure may exceed it alone): about 30 bytes each while they are
+# simulated.
+_CHUNK_REFLECTIONS = 1 << 23
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What is drawn anew for every pattern a model is trained on.
+
+    Attributes:
+        strain: standard deviation of the diagonal elements of the lattice strain, before it is projected onto
+            the strains that keep the symmetry.
+        b_max: overall displacement parameters B are drawn from U(0, b_max), Angstrom^2.
+    """
+
+    strain: float = 0.01
+    b_max: float = 2.0
+
+
+def generate_store(
+    structures: PackedStructures,
+    path: str | Path,
+    *,
+    simulation: SimulationConfig | None = None,
+    source: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Rejected]:
+    """Simulates the reflection families of structures and writes them to a store.
+
+    Structures without a fold are given one by formula and family (`assign_folds`).
+
+    Args:
+        structures: N structures, with rotations and labels (`analyse_symmetry`).
+        path: of the store to write; an existing one is replaced when the new one is complete.
+        simulation: settings; None for the defaults.
+        source: names of the files the structures came from, kept in the store's metadata.
+        progress: called with (structures done, structures in all) after each chunk.
+
+    Returns:
+        The structures that could not be simulated, with the reason; they are not in the store.
+
+    Raises:
+        InputError: where the store cannot be written.
+        ValueError: for settings outside the rules of `simulate_families`.
+    """
+    simulation = simulation or SimulationConfig()
+    faults = structures.faults()
+    rejected = [Rejected(structures.ids[row], reason) for row, reason in sorted(faults.items())]
+    if faults:
+        structures = structures[[row for row in range(len(structures)) if row not in faults]]
+    fold = assign_folds(structures.formula, structures.family, structures.fold)
+    structures = dataclasses.replace(structures, fold=fold)
+    with StoreWriter(path, simulation, source) as writer:
+        for begin, end in _chunks(structures.lattice, simulation):
+            chunk = structures[begin:end]
+            families = simulate_families(chunk, **dataclasses.asdict(simulation))
+            status = families.status.tolist()
+            rejected += [
+                Rejected(chunk.ids[i], STATUS_REASONS[code]) for i, code in enumerate(status) if code
+            ]
+            if any(status):  # these have no families, so the others' rows stay as they are
+                kept = torch.nonzero(families.status == 0).squeeze(1)
+                chunk = chunk[kept]
+                families = families._replace(
+                    offset=torch.cat([families.offset[:1], families.offset[1:][kept]])
+                )
+            writer.append(chunk, families)
+            if progress is not None:
+                progress(end, len(structures))
+    return rejected
+
+
+class PatternSource:
+    """Renders batches of patterns from a store.
+
+    With a generator each pattern gets a lattice strain that keeps its symmetry and an overall B of its own;
+    without one it is rendered as simulated (B = 0, and the metric made exactly symmetric).
+
+    Args:
+        store: where the families come from.
+        grid: the model's axis.
+        augment: what is drawn per pattern.
+
+    Raises:
+        ValueError: for an axis that reaches beyond the angles the store was simulated for.
+    """
+
+    def __init__(
+        self, store: PatternStore, grid: Grid | None = None, augment: AugmentConfig | None = None
+    ) -> None:
+        self.store = store
+        self.grid = grid or Grid()
+        self.augment = augment or AugmentConfig()
+        simulated = store.simulation.two_theta_min, store.simulation.two_theta_max
+        if self.grid.two_theta_min < simulated[0] or self.grid.two_theta_max > simulated[1]:
+            raise ValueError(
+                f"PatternSource: grid must lie in {simulated[0]}..{simulated[1]} degrees, "
+                f"got {self.grid.two_theta_min}..{self.grid.two_theta_max}"
+            )
+
+    def batch(self, indices: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Patterns and labels.
+
+        Args:
+            indices: (n_patterns,) int64 rows of the store.
+            generator: source of the strains and B, in this order, so that one seed gives one batch; None
+                renders without augmentation.
+
+        Returns:
+            intensity (n_patterns, n_points) float32, maximum 100; space_group_number (n_patterns,) int64.
+        """
+        families = self.store.gather(indices)
+        n_patterns = len(families)
+        strain, b_overall = None, torch.zeros(n_patterns, dtype=torch.float64)
+        if generator is not None:
+            strain = draw_strain(n_patterns, self.augment.strain, generator)
+            b_overall = self.augment.b_max * torch.rand(n_patterns, generator=generator, dtype=torch.float64)
+        metric = strained_reciprocal_metric(
+            families.lattice, families.rotation_offset, families.rotations, strain
+        )
+        intensity = render_sticks(
+            families.offset,
+            families.hkl,
+            families.multiplicity,
+            families.f_squared,
+            metric,
+            b_overall,
+            wavelength=self.store.simulation.wavelength,
+            grid=self.grid,
+        )
+        return intensity, families.space_group_number
+
+
+def draw_strain(n_patterns: int, sigma: float, generator: Generator) -> Tensor:
+    """Random symmetric strains with the same distribution in every Cartesian frame.
+
+    eps = sigma (N + N^T) / 2 with N standard normal: the diagonal varies by sigma, the rest by
+    sigma / sqrt(2).
+
+    Returns:
+        (n_patterns, 3, 3) float64.
+    """
+    normal = torch.randn(n_patterns, 3, 3, generator=generator, dtype=torch.float64)
+    return (0.5 * sigma) * (normal + normal.transpose(1, 2))
+
+
+def strained_reciprocal_metric(
+    lattice: Tensor,  # (n_patterns, 3, 3)
+    rotation_offset: Tensor,  # (n_patterns + 1,)
+    rotations: Tensor,  # (n_rotations, 3, 3)
+    strain: Tensor | None = None,  # (n_patterns, 3, 3)
+) -> Tensor:
+    """Reciprocal metrics of cells that are strained without losing symmetry.
+
+    With A the lattice as rows, A' = A (1 + eps) has the metric G' = A' A'^T. A rotation W (x' = W x on
+    fractional columns) keeps lengths if W^T G W = G, so the mean of W^T G' W over the group is the nearest
+    metric that all of
+    them keep: only the free parameters of the crystal system are left to vary, in whatever cell is given.
+
+    Args:
+        lattice: float64, rows a, b, c, Angstrom.
+        rotation_offset, rotations: int64 and int8, W of each pattern's group; none means the identity alone.
+        strain: symmetric, Cartesian; None for none.
+
+    Returns:
+        (n_patterns, 6) float64: a*.a*, b*.b*, c*.c*, b*.c*, a*.c*, a*.b*, 1 / Angstrom^2.
+    """
+    # numpy: dozens of operations on a few kilobytes, where the cost of a call decides (80 us for 64
+    # patterns).
+    cell = lattice.numpy()
+    if strain is not None:
+        cell = cell + cell @ strain.numpy()
+    metric = _group_mean(cell @ cell.swapaxes(1, 2), rotation_offset.numpy(), rotations.numpy())
+    reciprocal = np.linalg.inv(metric)
+    rows, columns = [0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]
+    return torch.from_numpy(reciprocal[:, rows, columns])
+
+
+def _group_mean(metric: np.ndarray, offset: np.ndarray, rotations: np.ndarray) -> np.ndarray:
+    """Mean of W^T G W over each pattern's rotations, (n_patterns, 3, 3)."""
+    counts = np.diff(offset)
+    some = counts > 0
+    if not some.any():
+        return metric
+    # Components first and rotations last, so that each of the few vector operations runs over all rotations
+    # at once.
+    w = np.ascontiguousarray(rotations.reshape(-1, 9).T, dtype=np.float64).reshape(3, 3, -1)
+    g = np.repeat(metric.reshape(-1, 9).T, counts, axis=1).reshape(3, 3, -1)
+    turned = np.einsum("kir,kjr->ijr", w, np.einsum("klr,ljr->kjr", g, w))
+    mean = metric.copy()
+    mean[some] = (np.add.reduceat(turned, offset[:-1][some], axis=2) / counts[some]).transpose(2, 0, 1)
+    return mean
+
+
+def _chunks(lattice: Tensor, simulation: SimulationConfig) -> list[tuple[int, int]]:
+    """Consecutive runs of structures with at most `_CHUNK_REFLECTIONS` reflections, or one structure."""
+    g_max = 2.0 * math.sin(math.radians(simulation.two_theta_max / 2.0)) / simulation.wavelength
+    g_max *= 1.0 + simulation.margin
+    volume = torch.linalg.det(lattice).abs().nan_to_num(0.0, posinf=0.0)
+    # Friedel-unique lattice points of a sphere, by its volume; what bounds memory needs no exact count.
+    total = torch.cumsum(2.0 / 3.0 * math.pi * g_max**3 * volume, 0).numpy()
+    cuts = [0]
+    while cuts[-1] < len(total):
+        done = total[cuts[-1] - 1] if cuts[-1] else 0.0
+        cuts.append(max(cuts[-1] + 1, int(np.searchsorted(total, done + _CHUNK_REFLECTIONS, side="right"))))
+    return list(zip(cuts[:-1], cuts[1:], strict=True))

@@ -1,0 +1,525 @@
+"""Crystal structures in packed arrays: reading, checking, joining, keeping and labelling them.
+
+Readers of CIF text are in `xrdfast.data.cif`; simulation is in `xrdfast.ops.simulate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xrdfast.data.files import load_checked, save_checked
+from xrdfast.data.labels import Cell, find_symmetries
+from xrdfast.errors import InputError
+
+if TYPE_CHECKING:
+    from ase import Atoms
+    from pymatgen.core import Structure
+
+FORMAT = "xrdfast structures"
+MAX_ATOMIC_NUMBER = 98  # Cf: the last element of both form-factor tables
+_MIN_VOLUME = 1.0  # Angstrom^3; no atom fits into less
+_MAX_OCCUPANCY = 1.1  # refinements overshoot: up to 1.08 in the mineral database
+_MAX_UNPACKED = 8 << 30  # bytes of an .npz after unpacking
+
+_PER_STRUCTURE = {
+    "lattice": ((3, 3), torch.float64),
+    "fold": ((), torch.int8),
+    "space_group_published": ((), torch.int16),
+    "space_group_001": ((), torch.int16),
+    "space_group_01": ((), torch.int16),
+    "to_standard": ((3, 3), torch.float64),
+}
+_PER_ATOM = {
+    "atomic_number": ((), torch.uint8),
+    "fractional": ((3,), torch.float64),
+    "occupancy": ((), torch.float64),
+    "b_iso": ((), torch.float64),
+}
+_STRINGS = ("ids", "formula", "family")
+
+
+class Rejected(NamedTuple):
+    """A structure that was left out, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PackedStructures:
+    """N crystal structures with M atoms and R rotations in all; every atom of a cell is listed.
+
+    Indexing with an int, slice, or 1-D index array gives the chosen structures as another `PackedStructures`.
+    """
+
+    offset: Tensor  # (N + 1,) int64, first atom of each structure
+    lattice: Tensor  # (N, 3, 3) float64, rows a, b, c, Angstrom
+    atomic_number: Tensor  # (M,) uint8
+    fractional: Tensor  # (M, 3) float64
+    occupancy: Tensor  # (M,) float64, 0..1 (refined values may pass 1 a little)
+    b_iso: Tensor  # (M,) float64, Angstrom^2, B = 8 pi^2 U; 0 where the source gives none
+    ids: list[str]
+    formula: list[str]  # reduced, elements by atomic number
+    family: list[str]  # key of relatives that a split keeps together; "" where none
+    fold: Tensor  # (N,) int8, 0..9, -1 where none
+    space_group_published: Tensor  # (N,) int16, as the source states it; 0 where it does not
+    space_group_001: Tensor  # (N,) int16, spglib's at symprec 0.01; 0 where not known
+    space_group_01: Tensor  # (N,) int16, at symprec 0.1: the label
+    rotation_offset: Tensor  # (N + 1,) int64
+    rotations: Tensor  # (R, 3, 3) int8, W on fractional columns, hkl' = hkl W; none where not known
+    to_standard: Tensor  # (N, 3, 3) float64, x_standard = P x + p; NaN where not known
+
+    def __len__(self) -> int:
+        return len(self.lattice)
+
+    def __getitem__(self, index: int | slice | Sequence[int] | np.ndarray | Tensor) -> PackedStructures:
+        if isinstance(index, int):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"structure index must be in 0..{len(self) - 1}, got {index}")
+            index %= len(self)
+            return self._window(index, index + 1)
+        if isinstance(index, slice):
+            begin, end, step = index.indices(len(self))
+            if step == 1:
+                return self._window(begin, max(begin, end))
+            index = range(begin, end, step)
+        rows = torch.as_tensor(np.asarray(index, dtype=np.int64) if not isinstance(index, Tensor) else index)
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero()[:, 0]
+        rows = torch.where(rows < 0, rows + len(self), rows)
+        atoms, offset = _ragged_rows(self.offset, rows)
+        operators, rotation_offset = _ragged_rows(self.rotation_offset, rows)
+        chosen = rows.tolist()
+        return PackedStructures(
+            offset=offset,
+            rotation_offset=rotation_offset,
+            rotations=self.rotations[operators],
+            **{name: getattr(self, name)[atoms] for name in _PER_ATOM},
+            **{name: getattr(self, name)[rows] for name in _PER_STRUCTURE},
+            **{name: [getattr(self, name)[i] for i in chosen] for name in _STRINGS},
+        )
+
+    def _window(self, begin: int, end: int) -> PackedStructures:
+        """Structures begin..end as views; on the path of every single-structure call, so without any check."""
+        first, last = int(self.offset[begin]), int(self.offset[end])
+        first_rotation, last_rotation = int(self.rotation_offset[begin]), int(self.rotation_offset[end])
+        window = object.__new__(PackedStructures)
+        fields = window.__dict__
+        fields["offset"] = self.offset[begin : end + 1] - first
+        fields["rotation_offset"] = self.rotation_offset[begin : end + 1] - first_rotation
+        fields["rotations"] = self.rotations[first_rotation:last_rotation]
+        for name in _PER_ATOM:
+            fields[name] = getattr(self, name)[first:last]
+        for name in _PER_STRUCTURE:
+            fields[name] = getattr(self, name)[begin:end]
+        for name in _STRINGS:
+            fields[name] = getattr(self, name)[begin:end]
+        return window
+
+    def __iter__(self) -> Iterator[PackedStructures]:
+        return (self._window(i, i + 1) for i in range(len(self)))
+
+    def to(self, device: str | torch.device) -> PackedStructures:
+        """The same structures with every tensor on a device."""
+        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return PackedStructures(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+
+    @staticmethod
+    def concatenate(parts: Sequence[PackedStructures]) -> PackedStructures:
+        """Structures of all parts, in order.
+
+        Raises:
+            ValueError: for no part.
+        """
+        if not parts:
+            raise ValueError("concatenate: parts must be at least one, got none")
+        return PackedStructures(
+            offset=_joined_offsets([p.offset for p in parts]),
+            rotation_offset=_joined_offsets([p.rotation_offset for p in parts]),
+            rotations=torch.cat([p.rotations for p in parts]),
+            **{name: torch.cat([getattr(p, name) for p in parts]) for name in (*_PER_ATOM, *_PER_STRUCTURE)},
+            **{name: [text for p in parts for text in getattr(p, name)] for name in _STRINGS},
+        )
+
+    def faults(self) -> dict[int, str]:
+        """Structures that cannot be simulated, by row, each with the rule it breaks: field, rule, value."""
+        bounds = self.offset
+        structure = torch.repeat_interleave(torch.arange(len(self)), bounds.diff())
+        volume = torch.linalg.det(torch.nan_to_num(self.lattice)).abs()
+        lattice_bad = ~torch.isfinite(self.lattice).all(2).all(1) | (volume < _MIN_VOLUME)
+        number = self.atomic_number.long()
+        rules = [
+            (self._rows_of(structure, ~torch.isfinite(self.fractional).all(1)), "fractional: must be finite"),
+            (
+                self._rows_of(structure, (number < 1) | (number > MAX_ATOMIC_NUMBER)),
+                f"atomic_number: must be in 1..{MAX_ATOMIC_NUMBER}",
+            ),
+            (
+                self._rows_of(structure, ~((self.occupancy >= 0) & (self.occupancy <= _MAX_OCCUPANCY))),
+                f"occupancy: must be in 0..{_MAX_OCCUPANCY}",
+            ),
+            (self._rows_of(structure, ~(self.b_iso.abs() < 1000.0)), "b_iso: must be finite, below 1000 Angstrom^2"),
+            (bounds.diff() == 0, "atoms: must be at least one"),
+            (lattice_bad, f"lattice: must be finite with a volume of at least {_MIN_VOLUME} Angstrom^3"),
+        ]
+        return {row: rule for bad, rule in rules for row in bad.nonzero()[:, 0].tolist()}
+
+    def _rows_of(self, structure: Tensor, bad_atoms: Tensor) -> Tensor:
+        return torch.zeros(len(self), dtype=torch.bool).index_fill_(0, structure[bad_atoms], True)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a checked safetensors file, whole or not at all.
+
+        Raises:
+            InputError: where it cannot be written.
+        """
+        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _STRINGS}
+        text = json.dumps({name: getattr(self, name) for name in _STRINGS}).encode()
+        tensors["strings"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        save_checked(Path(path), tensors, {"format": FORMAT, "version": "1"})
+
+    @staticmethod
+    def load(path: str | Path) -> PackedStructures:
+        """Reads what `save` wrote.
+
+        Raises:
+            InputError: for a file that is not such a file, cut short, or changed.
+        """
+        path = Path(path)
+        tensors, metadata = load_checked(path)
+        if metadata.get("format") != FORMAT:
+            raise InputError(f"{path}: format: must be '{FORMAT}', got {metadata.get('format')!r}")
+        try:
+            strings = json.loads(tensors.pop("strings").numpy().tobytes())
+            fields = {name: [str(text) for text in strings[name]] for name in _STRINGS} | tensors
+            structures = PackedStructures(**fields)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: fields: must be those of PackedStructures, got {error}") from error
+        _check_packed(path, structures)
+        return structures
+
+
+def load_structures(
+    paths: str | Path | Iterable[str | Path], *, progress: Callable[[int, int], None] | None = None
+) -> tuple[PackedStructures, list[Rejected]]:
+    """Structures of files and folders: .cif, packed .npz and packed .safetensors.
+
+    Folders are searched recursively, in sorted order, without following links to folders.
+
+    Args:
+        paths: one path or several.
+        progress: called with (files done, files in all).
+
+    Returns:
+        The structures, and those left out with the reason; one bad structure never stops the rest.
+
+    Raises:
+        InputError: for a path that does not exist, a packed file that is damaged, or no structure at all.
+    """
+    files = list(_structure_files([paths] if isinstance(paths, str | Path) else paths))
+    parts, rejected = [], []
+    for done, file in enumerate(files, 1):
+        if file.suffix == ".npz":
+            part, refused = _read_npz(file), []
+        elif file.suffix == ".safetensors":
+            part, refused = PackedStructures.load(file), []
+        else:
+            from xrdfast.data.cif import read_cif
+
+            part, refused = read_cif(file)
+        faults = part.faults()
+        rejected += [*refused, *(Rejected(part.ids[row], reason) for row, reason in sorted(faults.items()))]
+        if faults:
+            part = part[[i for i in range(len(part)) if i not in faults]]
+        parts.append(part)
+        if progress:
+            progress(done, len(files))
+    structures = PackedStructures.concatenate(parts)
+    if len(structures) == 0:
+        reason = f"; the first reason: {rejected[0].id}: {rejected[0].reason}" if rejected else ""
+        raise InputError(f"{files[0]}: structures: must be at least one, got none{reason}")
+    return structures, rejected
+
+
+def from_arrays(
+    lattices: Sequence[np.ndarray],
+    atoms: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]],
+    ids: Sequence[str],
+    *,
+    family: Sequence[str] | None = None,
+    space_group_published: Sequence[int] | None = None,
+) -> PackedStructures:
+    """Packs structures given one by one, without labels.
+
+    Args:
+        lattices: (3, 3) each, rows in Angstrom.
+        atoms: for each, atomic numbers (n,), fractional (n, 3), occupancy (n,), B_iso (n,) in Angstrom^2.
+        ids: names.
+        family: keys of relatives; None for none.
+        space_group_published: stated numbers; None for none.
+    """
+    n = len(lattices)
+    counts = [len(a[0]) for a in atoms]
+    columns = [np.concatenate([np.asarray(a[i], dtype=np.float64) for a in atoms]) if n else [] for i in (0, 2, 3)]
+    fractional = np.concatenate([np.asarray(a[1], dtype=np.float64).reshape(-1, 3) for a in atoms] or [np.zeros((0, 3))])
+    return PackedStructures(
+        offset=torch.tensor(np.concatenate([[0], np.cumsum(counts)]), dtype=torch.int64),
+        lattice=torch.tensor(np.array(lattices, dtype=np.float64).reshape(n, 3, 3)),
+        atomic_number=torch.tensor(np.asarray(columns[0]), dtype=torch.uint8),
+        fractional=torch.tensor(fractional),
+        occupancy=torch.tensor(np.asarray(columns[1]), dtype=torch.float64),
+        b_iso=torch.tensor(np.asarray(columns[2]), dtype=torch.float64),
+        ids=list(ids),
+        formula=[reduced_formula(a[0], a[2]) for a in atoms],
+        family=list(family) if family is not None else [""] * n,
+        fold=torch.full((n,), -1, dtype=torch.int8),
+        space_group_published=torch.tensor(list(space_group_published or [0] * n), dtype=torch.int16),
+        space_group_001=torch.zeros(n, dtype=torch.int16),
+        space_group_01=torch.zeros(n, dtype=torch.int16),
+        rotation_offset=torch.zeros(n + 1, dtype=torch.int64),
+        rotations=torch.zeros((0, 3, 3), dtype=torch.int8),
+        to_standard=torch.full((n, 3, 3), math.nan, dtype=torch.float64),
+    )
+
+
+def from_pymatgen(structures: Sequence[Structure], ids: Sequence[str] | None = None) -> PackedStructures:
+    """Packs pymatgen structures; mixed sites become several rows at one place.
+
+    Raises:
+        ValueError: for a species that is no element.
+    """
+    atoms = []
+    for structure in structures:
+        rows = []
+        for site in structure:
+            for species, share in site.species.items():
+                number = getattr(species, "Z", None)
+                if not isinstance(number, int) or number < 1:
+                    raise ValueError(f"from_pymatgen: species must be an element, got {species}")
+                rows.append((number, site.frac_coords, share))
+        z, fractional, occupancy = zip(*rows, strict=True) if rows else ((), (), ())
+        atoms.append((np.array(z), np.array(fractional), np.array(occupancy), np.zeros(len(z))))
+    names = list(ids) if ids is not None else [f"structure-{i}" for i in range(len(atoms))]
+    return from_arrays([s.lattice.matrix for s in structures], atoms, names)
+
+
+def to_pymatgen(structure: PackedStructures) -> Structure:
+    """The first of the packed structures as a pymatgen Structure; rows at one place become one mixed site."""
+    from pymatgen.core import Element, Lattice, Structure
+
+    one = structure._window(0, 1)
+    content: dict[tuple[float, ...], dict[str, float]] = {}
+    rows = zip(one.atomic_number.tolist(), map(tuple, one.fractional.tolist()), one.occupancy.tolist(), strict=True)
+    for number, place, share in rows:
+        site = content.setdefault(place, {})
+        symbol = Element.from_Z(number).symbol
+        site[symbol] = site.get(symbol, 0.0) + share
+    return Structure(Lattice(one.lattice[0].numpy()), list(content.values()), list(content))
+
+
+def from_ase(atoms: Sequence[Atoms], ids: Sequence[str] | None = None) -> PackedStructures:
+    """Packs ASE Atoms with full occupancy."""
+    parts = [
+        (a.get_atomic_numbers(), a.get_scaled_positions(wrap=True), np.ones(len(a)), np.zeros(len(a))) for a in atoms
+    ]
+    names = list(ids) if ids is not None else [f"structure-{i}" for i in range(len(parts))]
+    return from_arrays([np.asarray(a.cell) for a in atoms], parts, names)
+
+
+def analyse_symmetry(
+    structures: PackedStructures,
+    symprec: tuple[float, float] = (0.01, 0.1),
+    *,
+    n_workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PackedStructures:
+    """Fills in labels, rotations and standardising transformations with spglib.
+
+    Labels that are given are kept, and then one search, at the second tolerance, is made.
+
+    Args:
+        structures: N structures.
+        symprec: tolerances in Angstrom of `space_group_001` and `space_group_01`.
+        n_workers: processes; None for one a core.
+        progress: called with (structures done, N).
+
+    Returns:
+        The structures with these fields set; where spglib finds nothing, labels stay 0 and there are no rotations.
+    """
+    bounds = structures.offset.tolist()
+    lattice, fractional = structures.lattice.numpy(), structures.fractional.numpy()
+    number, occupancy = structures.atomic_number.numpy().astype(np.int64), structures.occupancy.numpy()
+    cells = [
+        Cell(lattice[i], fractional[a:b], number[a:b], occupancy[a:b])
+        for i, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+    ]
+    given = bool((structures.space_group_001 > 0).all() and (structures.space_group_01 > 0).all())
+    found = find_symmetries(cells, symprec[1:] if given else symprec, n_workers=n_workers, progress=progress)
+    labels = {}
+    if not given:
+        for name, column in (("space_group_001", 0), ("space_group_01", 1)):
+            fresh = torch.tensor([s.numbers[column] for s in found], dtype=torch.int16)
+            labels[name] = torch.where(getattr(structures, name) > 0, getattr(structures, name), fresh)
+    counts = np.cumsum([0, *(len(s.rotations) for s in found)])
+    return dataclasses.replace(
+        structures,
+        rotation_offset=torch.tensor(counts, dtype=torch.int64),
+        rotations=torch.from_numpy(np.concatenate([np.zeros((0, 3, 3), np.int8), *(s.rotations for s in found)])),
+        to_standard=torch.from_numpy(np.array([s.to_standard for s in found]).reshape(-1, 3, 3)),
+        **labels,
+    )
+
+
+def reduced_formula(atomic_number: Sequence[int] | np.ndarray, occupancy: Sequence[float] | np.ndarray) -> str:
+    """Reduced formula, elements by atomic number, partial sites scaled to integers through per cent.
+
+    Example:
+        >>> reduced_formula([26, 8, 8], [1.0, 1.0, 0.5])
+        'O3Fe2'
+        >>> reduced_formula([11, 17], [1.0, 1.0])
+        'Na1Cl1'
+    """
+    from xrdfast.scattering import element_symbols
+
+    percent: dict[int, int] = {}
+    for z, share in zip(np.asarray(atomic_number).tolist(), np.asarray(occupancy).tolist(), strict=True):
+        percent[int(z)] = percent.get(int(z), 0) + round(share * 100)
+    divisor = reduce(math.gcd, percent.values(), 0) or 1
+    symbols = element_symbols()
+    parts = ((symbols[z], amount // divisor) for z, amount in sorted(percent.items()))
+    return "".join(f"{symbol}{amount}" for symbol, amount in parts)
+
+
+def _ragged_rows(offset: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the elements of chosen rows of a ragged array, and the new offsets."""
+    counts = offset.diff()[rows]
+    fresh = torch.zeros(len(rows) + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=fresh[1:])
+    shift = torch.repeat_interleave(offset[:-1][rows] - fresh[:-1], counts)
+    return torch.arange(int(fresh[-1])) + shift, fresh
+
+
+def _joined_offsets(offsets: Sequence[Tensor]) -> Tensor:
+    return torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat([o.diff() for o in offsets]).cumsum(0)])
+
+
+def _structure_files(paths: Iterable[str | Path]) -> Iterator[Path]:
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".cif", ".npz") and p.is_file())
+            if not found:
+                raise InputError(f"{path}: folder: must hold .cif or packed .npz files, got none")
+            yield from found
+        elif not path.exists():
+            raise InputError(f"{path}: file: must exist, got none")
+        elif path.suffix.lower() not in (".cif", ".npz", ".safetensors"):
+            raise InputError(f"{path}: type: must be .cif, .npz or .safetensors, got {path.suffix or 'no suffix'!r}")
+        else:
+            yield path
+
+
+# Arrays of the packed .npz layout: name there -> (field, shape after the rows, rows counted by).
+_NPZ = {
+    "offset": ((), "i"),
+    "lattice": ((3, 3), "f"),
+    "z": ((), "iu"),
+    "frac": ((3,), "f"),
+    "occ_pct": ((), "iu"),
+    "id": ((), "SU"),
+}
+
+
+def _read_npz(path: Path) -> PackedStructures:
+    """Packed structures as arrays offset, lattice, z, frac, occ_pct, id; optional formula, fold and sg_ labels."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > _MAX_UNPACKED:
+            raise InputError(f"{path}: size: must be at most {_MAX_UNPACKED} bytes unpacked, got {size}")
+        with np.load(path, allow_pickle=False) as archive:
+            wanted = (*_NPZ, "formula", "fold", "sg_published", "sg_001", "sg_01")
+            arrays = {name: archive[name] for name in wanted if name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: file: must be a whole .npz without pickled arrays, got {error}") from error
+    for name, (tail, kinds) in _NPZ.items():
+        if name not in arrays:
+            raise InputError(f"{path}: {name}: must be present, got {', '.join(sorted(arrays)) or 'nothing'}")
+        if arrays[name].shape[1:] != tail or arrays[name].ndim != 1 + len(tail) or arrays[name].dtype.kind not in kinds:
+            raise InputError(f"{path}: {name}: must be (rows, {tail}), got {arrays[name].shape} {arrays[name].dtype}")
+    n = len(arrays["lattice"])
+
+    def strings(name: str) -> list[str]:
+        values = arrays[name]
+        return [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values.tolist()]
+
+    def per_structure(name: str, default: int, dtype: torch.dtype) -> Tensor:
+        values = arrays.get(name)
+        return torch.full((n,), default, dtype=dtype) if values is None else torch.tensor(values.astype(np.int16)).to(dtype)
+
+    number, occupancy = arrays["z"].astype(np.uint8), arrays["occ_pct"] / 100.0
+    bounds = arrays["offset"].astype(np.int64)
+    formula = strings("formula") if "formula" in arrays else None
+    structures = PackedStructures(
+        offset=torch.from_numpy(bounds),
+        lattice=torch.from_numpy(arrays["lattice"].astype(np.float64)),
+        atomic_number=torch.from_numpy(number),
+        fractional=torch.from_numpy(arrays["frac"].astype(np.float64)),
+        occupancy=torch.from_numpy(occupancy),
+        b_iso=torch.zeros(len(number), dtype=torch.float64),
+        ids=strings("id"),
+        formula=formula or [""] * n,
+        family=[""] * n,
+        fold=per_structure("fold", -1, torch.int8),
+        space_group_published=per_structure("sg_published", 0, torch.int16),
+        space_group_001=per_structure("sg_001", 0, torch.int16),
+        space_group_01=per_structure("sg_01", 0, torch.int16),
+        rotation_offset=torch.zeros(n + 1, dtype=torch.int64),
+        rotations=torch.zeros((0, 3, 3), dtype=torch.int8),
+        to_standard=torch.full((n, 3, 3), math.nan, dtype=torch.float64),
+    )
+    _check_packed(path, structures)
+    if formula is None:
+        pairs = zip(bounds[:-1], bounds[1:], strict=True)
+        formula = [reduced_formula(number[a:b], occupancy[a:b]) for a, b in pairs]
+        structures = dataclasses.replace(structures, formula=formula)
+    return structures
+
+
+def _check_packed(path: Path, structures: PackedStructures) -> None:
+    """What every later step relies on; values that concern one structure only are `faults`."""
+    n, n_atoms = len(structures), len(structures.atomic_number)
+    for rows, table in ((n, _PER_STRUCTURE), (n_atoms, _PER_ATOM)):
+        for name, (tail, dtype) in table.items():
+            tensor = getattr(structures, name)
+            if tuple(tensor.shape) != (rows, *tail) or tensor.dtype != dtype:
+                raise InputError(
+                    f"{path}: {name}: must be {(rows, *tail)} {dtype}, got {tuple(tensor.shape)} {tensor.dtype}"
+                )
+    for name, end in (("offset", n_atoms), ("rotation_offset", len(structures.rotations))):
+        offset = getattr(structures, name)
+        rising = offset.shape == (n + 1,) and offset.dtype == torch.int64 and int(offset[0]) == 0
+        if not rising or int(offset[-1]) != end or bool((offset.diff() < 0).any()):
+            raise InputError(f"{path}: {name}: must rise from 0 to {end} in {n + 1} steps, got {offset[:3].tolist()} ...")
+    if structures.rotations.shape[1:] != (3, 3) or structures.rotations.dtype != torch.int8:
+        raise InputError(f"{path}: rotations: must be (rows, 3, 3) int8, got {tuple(structures.rotations.shape)}")
+    for name in _STRINGS:
+        if len(getattr(structures, name)) != n:
+            raise InputError(f"{path}: {name}: must be {n} texts, got {len(getattr(structures, name))}")
+    for name in ("space_group_published", "space_group_001", "space_group_01"):
+        labels = getattr(structures, name)
+        if n and not 0 <= int(labels.min()) <= int(labels.max()) <= 230:
+            raise InputError(f"{path}: {name}: must be in 0..230, got {int(labels.min())}..{int(labels.max())}")

@@ -1,0 +1,211 @@
+"""Encoder of the published XRDecoupler: a local (convolution) and a global (patch attention) branch.
+
+For the faithful `paper` preset: same maths, paddings, masks and dropout as the published architecture, in
+readable names. Not for heads and task names (`xrdecoupler.py`), and not for our own encoders (one file each).
+
+Source: Yu et al., "Rethinking Crystal Symmetry Prediction: A Decoupled Perspective", AAAI-26
+(arXiv:2511.06976), and the architecture of the authors' published code, which decides where the paper is
+silent.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# The published grid: 8,500 points of 0.01 degrees from 5 degrees two_theta up to, not including, 90 degrees.
+N_POINTS = 8500
+TWO_THETA_MIN = 5.0
+TWO_THETA_STEP = 0.01
+
+LOCAL_WIDTHS = (32, 32, 64, 128, 128, 256, 256, 512, 512, 1024, 1024, 1024, 1024)
+N_MAX_POOLS = 4  # the first four pools take the maximum, the others the average
+PADDED_POOLS = frozenset({4, 6, 7})  # pools (counted from 0) with one padding zero at each end
+DROPOUT_POOLS = frozenset({9, 10, 11})  # pools followed by dropout
+
+PATCH_POINTS = 10
+PATCH_CHANNELS = (1, 2, 4, 8, 16)
+PATCH_PADDED_POOLS = frozenset({1, 2})
+POSITION_FEATURES = 15
+FEED_FORWARD_FEATURES = 256
+N_ATTENTION_LAYERS = 2
+BLANK_PATCH = 1e-5  # a patch whose maximum is below this is no key of the attention
+
+
+class ResidualBlock(nn.Module):
+    """LeakyReLU(u + BN(conv3(LeakyReLU(BN(conv3(u)))))); u is x, widened where the width changes."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        changes = in_channels != out_channels
+        self.widen = nn.Conv1d(in_channels, out_channels, 1, bias=False) if changes else nn.Identity()
+        self.conv1 = nn.Conv1d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm1d(out_channels)
+        self.conv2 = nn.Conv1d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm1d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns (n_patterns, out_channels, length) from x (n_patterns, in_channels, length)."""
+        wide = self.widen(x)
+        inner = F.leaky_relu(self.norm1(self.conv1(wide)), inplace=True)
+        return F.leaky_relu(self.norm2(self.conv2(inner)) + wide, inplace=True)
+
+
+class LocalBranch(nn.Module):
+    """Thirteen residual blocks, each followed by a pool of two, from 8,500 points to one vector.
+
+    The second input channel is the sine of the grid's 2θ itself, as published (Bragg's law would take θ).
+    """
+
+    def __init__(self, n_features: int, dropout: float) -> None:
+        super().__init__()
+        self.intensity_norm = nn.BatchNorm1d(1)
+        inputs = (2, *LOCAL_WIDTHS[:-1])
+        self.blocks = nn.ModuleList(ResidualBlock(i, o) for i, o in zip(inputs, LOCAL_WIDTHS, strict=True))
+        self.dropout = nn.Dropout(dropout)
+        self.project = nn.Linear(LOCAL_WIDTHS[-1], n_features)
+        two_theta = TWO_THETA_MIN + TWO_THETA_STEP * torch.arange(N_POINTS, dtype=torch.float64)
+        sine = torch.sin(torch.deg2rad(two_theta)).to(torch.get_default_dtype())
+        self.register_buffer("sine", sine, persistent=False)
+
+    def forward(self, intensity: Tensor) -> Tensor:
+        """Returns (n_patterns, n_features) from intensity (n_patterns, 8500)."""
+        channel = self.intensity_norm(intensity[:, None])
+        x = torch.cat([channel, self.sine.expand_as(channel)], dim=1)
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            x = F.max_pool1d(x, 2) if i < N_MAX_POOLS else F.avg_pool1d(x, 2, padding=int(i in PADDED_POOLS))
+            if i in DROPOUT_POOLS:
+                x = self.dropout(x)
+        return self.project(x.flatten(1))
+
+
+class PatchEmbedding(nn.Module):
+    """Four convolutions with average pools between, which turn a patch of 10 points into 16 numbers.
+
+    There is no activation, so the chain is one affine map. It is read off by sending zero and the ten unit
+    patches through the chain (11 short rows instead of 850 a pattern) and applied as a matrix product: the
+    same numbers and the same gradients up to rounding.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        steps = zip(PATCH_CHANNELS[:-1], PATCH_CHANNELS[1:], strict=True)
+        self.convolutions = nn.ModuleList(nn.Conv1d(i, o, 3, padding=1) for i, o in steps)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Returns (n_patterns, n_patches, 16) from patches (n_patterns, n_patches, 10)."""
+        response = torch.eye(PATCH_POINTS + 1, PATCH_POINTS, dtype=patches.dtype, device=patches.device)[
+            :, None
+        ]
+        for i, convolution in enumerate(self.convolutions):
+            response = F.avg_pool1d(convolution(response), 2, padding=int(i in PATCH_PADDED_POOLS))
+        response = response.flatten(1)  # (11, 16): the ten unit patches, then the blank one
+        weight = response[:PATCH_POINTS] - response[PATCH_POINTS:]
+        return patches @ weight + response[PATCH_POINTS]
+
+
+class AttentionLayer(nn.Module):
+    """Post-norm transformer layer: single-head attention over the patches, then a feed-forward network."""
+
+    def __init__(self, n_features: int, dropout: float) -> None:
+        super().__init__()
+        self.query = nn.Linear(n_features, n_features)
+        self.key = nn.Linear(n_features, n_features)
+        self.value = nn.Linear(n_features, n_features)
+        self.output = nn.Linear(n_features, n_features)
+        self.attention_norm = nn.LayerNorm(n_features, eps=1e-6)
+        self.expand = nn.Linear(n_features, FEED_FORWARD_FEATURES)
+        self.contract = nn.Linear(FEED_FORWARD_FEATURES, n_features)
+        self.feed_forward_norm = nn.LayerNorm(n_features, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, active: Tensor) -> Tensor:
+        """One layer.
+
+        Blank patches are masked as keys only. The published code sets their scores to -1e9, so a pattern
+        without any active patch attends uniformly; here such a pattern keeps all keys and asks with zero
+        queries, which gives equal scores, and no gradient to them, as published.
+
+        Args:
+            x: (n_patterns, n_patches, n_features).
+            active: (n_patterns, n_patches) bool, the patches that may be keys.
+
+        Returns:
+            (n_patterns, n_patches, n_features).
+        """
+        any_active = active.any(dim=1, keepdim=True)  # (n_patterns, 1)
+        query = self.query(x) * any_active[..., None]
+        mask = (active | ~any_active)[:, None, None, :]  # (n_patterns, head, query, key)
+        attended = F.scaled_dot_product_attention(
+            query[:, None], self.key(x)[:, None], self.value(x)[:, None], attn_mask=mask
+        )
+        x = self.attention_norm(self.dropout(self.output(attended[:, 0])) + x)
+        inner = F.leaky_relu(self.expand(x), inplace=True)
+        return self.feed_forward_norm(self.dropout(self.contract(inner)) + x)
+
+
+class GlobalBranch(nn.Module):
+    """Attention over 850 patches of 10 points, then the maximum over all patches."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.n_patches = N_POINTS // PATCH_POINTS
+        self.n_features = PATCH_CHANNELS[-1] + POSITION_FEATURES + 1
+        self.patch_embedding = PatchEmbedding()
+        self.learned_position = nn.Parameter(torch.randn(self.n_patches, POSITION_FEATURES))
+        self.register_buffer("fixed_position", sinusoidal_positions(self.n_patches, self.n_features))
+        self.layers = nn.ModuleList(
+            AttentionLayer(self.n_features, dropout) for _ in range(N_ATTENTION_LAYERS)
+        )
+
+    def forward(self, intensity: Tensor) -> Tensor:
+        """Returns (n_patterns, 32) from intensity (n_patterns, 8500)."""
+        patches = intensity.unflatten(1, (self.n_patches, PATCH_POINTS))
+        patch_maximum = patches.max(dim=2).values
+        position = self.learned_position.expand(len(intensity), -1, -1)
+        x = torch.cat([self.patch_embedding(patches), position, patch_maximum[..., None]], dim=2)
+        x = x + self.fixed_position
+        # ~(m < t) and not (m >= t): the published mask lets a NaN patch stay a key.
+        active = ~(patch_maximum < BLANK_PATCH)
+        for layer in self.layers:
+            x = layer(x, active)
+        return x.max(dim=1).values
+
+
+class XRDecouplerEncoder(nn.Module):
+    """The published encoder: 32 local features, then 32 global ones.
+
+    Args:
+        n_local_features: features of the local branch.
+        dropout: rate after the pools of blocks 10 to 12 and after the attention and feed-forward maps.
+    """
+
+    def __init__(self, n_local_features: int = 32, dropout: float = 0.25) -> None:
+        super().__init__()
+        self.local_branch = LocalBranch(n_local_features, dropout)
+        self.global_branch = GlobalBranch(dropout)
+        self.n_features = n_local_features + self.global_branch.n_features
+
+    def forward(self, intensity: Tensor) -> Tensor:
+        """Returns features (n_patterns, 64) from intensity (n_patterns, 8500), 0 to 100."""
+        return torch.cat([self.local_branch(intensity), self.global_branch(intensity)], dim=1)
+
+
+def sinusoidal_positions(n_positions: int, n_features: int) -> Tensor:
+    """Fixed positions PE[p, 2i] = sin(p · 10000^(−2i / n_features)), PE[p, 2i+1] = cos of the same.
+
+    Returns:
+        (n_positions, n_features) in the default dtype, computed in float64.
+
+    Source: Vaswani et al., "Attention Is All You Need", section 3.5.
+    """
+    position = torch.arange(n_positions, dtype=torch.float64)[:, None]
+    frequency = torch.exp(
+        torch.arange(0, n_features, 2, dtype=torch.float64) * (-math.log(10000.0) / n_features)
+    )
+    angle = position * frequency
+    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1).to(torch.get_default_dtype())

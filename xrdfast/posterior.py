@@ -1,0 +1,288 @@
+"""One answer from up to four heads: a joint posterior over the 230 space groups, and its calibration.
+
+Crystal system, centring, point group and extinction group are functions of the space group, so predictions of all
+levels are sums over one distribution and never contradict each other. Not for metrics (`xrdfast.evaluation`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xrdfast.symmetry import N_CLASSES, N_SPACE_GROUPS, TASKS, class_index
+
+# Bounds of every fitted number, so that a handful of separable patterns cannot drive one to infinity.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
+MAX_EXPONENT = 20.0
+
+
+class Calibration(dict[str, dict[str, float]]):
+    """What is fitted on validation patterns; a dict of plain numbers, so that a model card stores it as it is.
+
+    Args:
+        temperatures: for each task, T of softmax(logits / T), 0.05..20.
+        exponents: for each task, its power in the product of experts, 0..20. They need not sum to one: their
+            overall scale is the sharpness of the joint posterior.
+
+    Raises:
+        ValueError: for unknown or differing tasks, or numbers outside these ranges.
+
+    Example:
+        >>> Calibration({"space_group": 1.5}, {"space_group": 1.2}).temperatures
+        {'space_group': 1.5}
+    """
+
+    def __init__(self, temperatures: Mapping[str, float], exponents: Mapping[str, float]) -> None:
+        if set(temperatures) != set(exponents) or not temperatures or set(temperatures) - set(TASKS):
+            raise ValueError(
+                f"Calibration: temperatures, exponents must name the same tasks of {', '.join(TASKS)}, "
+                f"got {list(temperatures)}, {list(exponents)}"
+            )
+        super().__init__(
+            temperatures=_numbers("temperatures", temperatures, MIN_TEMPERATURE, MAX_TEMPERATURE),
+            exponents=_numbers("exponents", exponents, 0.0, MAX_EXPONENT),
+        )
+
+    @property
+    def temperatures(self) -> dict[str, float]:
+        """T of each task."""
+        return self["temperatures"]
+
+    @property
+    def exponents(self) -> dict[str, float]:
+        """Power of each task in the product of experts."""
+        return self["exponents"]
+
+    def to_dict(self) -> dict[str, dict[str, float]]:
+        """Plain dict that `from_dict` takes and JSON carries."""
+        return {name: dict(numbers) for name, numbers in self.items()}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Calibration:
+        """Reads what `to_dict` gave.
+
+        Raises:
+            ValueError: for another layout, unknown tasks or numbers out of range.
+        """
+        fields = ("temperatures", "exponents")
+        if not isinstance(content, Mapping) or set(content) != set(fields):
+            got = sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+            raise ValueError(f"Calibration: content must hold exactly {', '.join(fields)}, got {got}")
+        for name in fields:
+            if not isinstance(content[name], Mapping):
+                raise ValueError(f"Calibration: {name} must map tasks to numbers, got {content[name]!r}")
+        return cls(content["temperatures"], content["exponents"])
+
+
+@dataclass(frozen=True)
+class JointPosterior:
+    """Probabilities of the 230 space groups, and of every level of symmetry by summing over its members.
+
+    Attributes:
+        space_group: (n_patterns, 230), rows sum to 1; float64 where the logits were, else float32.
+    """
+
+    space_group: Tensor
+
+    def marginal(self, level: str) -> Tensor:
+        """Probabilities of the classes of a level of `xrdfast.symmetry.class_index`, (n_patterns, n_classes).
+
+        Raises:
+            ValueError: for an unknown level.
+        """
+        classes = _classes(level, self.space_group.device)
+        empty = self.space_group.new_zeros(len(self.space_group), int(class_index(level).max()) + 1)
+        return empty.index_add(1, classes, self.space_group)
+
+
+def joint_posterior(
+    logits: Mapping[str, Tensor | None], calibration: Calibration | None = None
+) -> JointPosterior:
+    """Product of experts: log p(g) = sum_t exponent_t log softmax(logits_t / T_t)[class_t(g)] + constant.
+
+    Args:
+        logits: for each task, (n_patterns, n_classes); a task that is None or left out is no expert
+            (`SymmetryLogits._asdict()` fits).
+        calibration: None is T = 1 and exponent 1 for every task: the plain product.
+
+    Returns:
+        The posterior on the logits' device. A pattern with NaN logits has a NaN row.
+
+    Raises:
+        ValueError: for unknown tasks, no task at all, other shapes, or a calibration that lacks a task.
+
+    Source:
+        Hinton, Neural Computation 14 (2002) 1771, eq. 1, with a power for each expert.
+
+    Example:
+        >>> joint_posterior({"crystal_system": torch.zeros(1, 7)}).marginal("crystal_system").argmax(1)
+        tensor([3])
+    """
+    experts = checked_logits("joint_posterior", logits)
+    missing = [task for task in experts if calibration is not None and task not in calibration.temperatures]
+    if missing:
+        raise ValueError(f"joint_posterior: calibration must cover every task of the logits, got no {missing[0]}")
+    first = next(iter(experts.values()))
+    total = first.new_zeros(len(first), N_SPACE_GROUPS)
+    for task, rows in experts.items():
+        temperature, exponent = (
+            (1.0, 1.0) if calibration is None else (calibration.temperatures[task], calibration.exponents[task])
+        )
+        total = total + exponent * _expert(task, rows, temperature)
+    return JointPosterior(total.softmax(dim=1))
+
+
+def fit_calibration(logits: Mapping[str, Tensor | None], space_group_number: Tensor) -> Calibration:
+    """Temperatures and exponents that minimise the negative log-likelihood (NLL) of held-out patterns.
+
+    First each task alone in 1/T, then all exponents together in the joint posterior. Both are log-linear models, so
+    both problems are convex; a prior worth one pattern pulls every number towards 1 (1/(2n) (x - 1)^2), which
+    keeps tiny sets sane and vanishes in large ones.
+
+    Args:
+        logits: as in `joint_posterior`, finite, of patterns the model was not trained on.
+        space_group_number: (n_patterns,) integers, 1..230.
+
+    Returns:
+        The calibration. Deterministic.
+
+    Raises:
+        ValueError: as `joint_posterior`; for logits that are not finite, no pattern, or numbers outside 1..230.
+
+    Source:
+        Guo et al., ICML 2017 (arXiv:1706.04599), section 4.2, for the temperatures.
+    """
+    experts = checked_logits("fit_calibration", logits, finite=True)
+    number = checked_numbers("fit_calibration", space_group_number, len(next(iter(experts.values()))))
+    index = number - 1
+    experts = {task: rows.double().cpu() for task, rows in experts.items()}
+    temperatures = {}
+    for task, rows in experts.items():
+        target = _classes(task, rows.device)[index]
+        inverse = _fit_log_linear(rows[:, None], target, 1.0 / MAX_TEMPERATURE, 1.0 / MIN_TEMPERATURE)
+        temperatures[task] = min(max(1.0 / float(inverse[0]), MIN_TEMPERATURE), MAX_TEMPERATURE)
+    scores = torch.stack([_expert(task, rows, temperatures[task]) for task, rows in experts.items()], dim=1)
+    exponents = _fit_log_linear(scores, index, 0.0, MAX_EXPONENT)
+    return Calibration(temperatures, dict(zip(experts, exponents.tolist(), strict=True)))
+
+
+def checked_logits(
+    op: str, logits: Mapping[str, Tensor | None], *, finite: bool = False
+) -> dict[str, Tensor]:
+    """The tasks that are present, in the order of `TASKS`, as float32 or float64.
+
+    Raises:
+        ValueError: for unknown tasks, none at all, other shapes, unequal lengths, or, where `finite` is asked,
+            logits that are not.
+    """
+    unknown = [task for task in logits if task not in TASKS]
+    if unknown:
+        raise ValueError(f"{op}: logits must be of the tasks {', '.join(TASKS)}, got {unknown[0]!r}")
+    present = {task: logits[task] for task in TASKS if logits.get(task) is not None}
+    if not present:
+        raise ValueError(f"{op}: logits must hold at least one task, got none")
+    n_patterns = len(next(iter(present.values())))
+    for task, rows in present.items():
+        if rows.shape != (n_patterns, N_CLASSES[task]) or not rows.is_floating_point():
+            raise ValueError(
+                f"{op}: logits[{task!r}] must be floating point ({n_patterns}, {N_CLASSES[task]}), "
+                f"got {rows.dtype} {tuple(rows.shape)}"
+            )
+        if finite and not bool(torch.isfinite(rows).all()):
+            bad = int((~torch.isfinite(rows)).any(dim=1).sum())
+            raise ValueError(f"{op}: logits[{task!r}] must be finite, got {bad} patterns that are not")
+    return {task: rows if rows.dtype == torch.float64 else rows.float() for task, rows in present.items()}
+
+
+def checked_numbers(op: str, space_group_number: Tensor, n_patterns: int | None = None) -> Tensor:
+    """Space group numbers as (n_patterns,) int64 on the CPU.
+
+    Raises:
+        ValueError: for another shape, no pattern, or anything but integers in 1..230.
+    """
+    number = space_group_number
+    if number.ndim != 1 or (n_patterns is not None and len(number) != n_patterns):
+        rule = f"({n_patterns},)" if n_patterns is not None else "(n_patterns,)"
+        raise ValueError(f"{op}: space_group_number must be {rule}, got {tuple(number.shape)}")
+    if number.is_floating_point() or number.is_complex() or number.dtype == torch.bool:
+        raise ValueError(f"{op}: space_group_number must be integers, got {number.dtype}")
+    if len(number) == 0:
+        raise ValueError(f"{op}: space_group_number must hold at least one pattern, got none")
+    number = number.cpu().long()
+    low, high = int(number.min()), int(number.max())
+    if low < 1 or high > N_SPACE_GROUPS:
+        raise ValueError(f"{op}: space_group_number must be in 1..230, got {low if low < 1 else high}")
+    return number
+
+
+def _classes(level: str, device: torch.device | str) -> Tensor:
+    return torch.tensor(class_index(level), device=device)
+
+
+def _expert(task: str, logits: Tensor, temperature: float) -> Tensor:
+    """Log-probability that one task gives to the class of each space group, (n_patterns, 230)."""
+    return (logits / temperature).log_softmax(dim=1)[:, _classes(task, logits.device)]
+
+
+def _fit_log_linear(scores: Tensor, target: Tensor, lower: float, upper: float) -> Tensor:
+    """Weights x in [lower, upper] that minimise mean NLL of softmax(sum_k x_k scores_k) + |x - 1|^2 / 2n.
+
+    Projected Newton: coordinates that the gradient presses against a bound rest, the others take a damped Newton
+    step (Bertsekas, SIAM J. Control Optim. 20 (1982) 221). The prior keeps the Hessian positive definite.
+
+    Args:
+        scores: (n_patterns, n_weights, n_classes) float64.
+        target: (n_patterns,) true classes.
+        lower: smallest weight.
+        upper: largest weight.
+
+    Returns:
+        (n_weights,).
+    """
+    n_patterns, n_weights, _ = scores.shape
+    true = scores.gather(2, target[:, None, None].expand(-1, n_weights, 1))
+    scores = scores - true  # now the true class scores 0 and the NLL is a logsumexp
+
+    def combined(weights: Tensor) -> Tensor:
+        return torch.einsum("k,nkc->nc", weights, scores)
+
+    def objective(weights: Tensor) -> Tensor:
+        return combined(weights).logsumexp(1).mean() + (weights - 1.0).square().sum() / (2 * n_patterns)
+
+    weights = torch.ones(n_weights, dtype=torch.float64)
+    for _ in range(100):
+        probability = combined(weights).softmax(dim=1)
+        mean = torch.einsum("nc,nkc->nk", probability, scores)
+        spread = (scores - mean[:, :, None]) * probability.sqrt()[:, None]
+        gradient = mean.mean(0) + (weights - 1.0) / n_patterns
+        hessian = torch.einsum("nkc,nlc->kl", spread, spread) + torch.eye(n_weights, dtype=torch.float64)
+        hessian = hessian / n_patterns
+        resting = (weights <= lower) & (gradient > 0) | (weights >= upper) & (gradient < 0)
+        free = (~resting).nonzero().flatten()
+        if not len(free) or float(gradient[free].abs().max()) < 1e-9:
+            break
+        direction = torch.zeros_like(weights)
+        direction[free] = -torch.linalg.solve(hessian[free][:, free], gradient[free])
+        value, step = objective(weights), 1.0
+        while step > 1e-10:
+            moved = (weights + step * direction).clamp(lower, upper)
+            if objective(moved) <= value + 1e-4 * gradient @ (moved - weights):
+                break
+            step /= 2
+        else:
+            break  # rounding leaves nothing to gain
+        weights = moved
+    return weights
+
+
+def _numbers(name: str, numbers: Mapping[str, Any], lower: float, upper: float) -> dict[str, float]:
+    for task, number in numbers.items():
+        plain = isinstance(number, int | float) and not isinstance(number, bool)
+        if not (plain and math.isfinite(number) and lower <= number <= upper):
+            raise ValueError(f"Calibration: {name}[{task!r}] must be in {lower:g}..{upper:g}, got {number!r}")
+    return {task: float(numbers[task]) for task in TASKS if task in numbers}

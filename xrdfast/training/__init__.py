@@ -1,0 +1,4 @@
+"""Training of symmetry models: configuration, task balancing, the trainer and its checkpoints.
+
+Not for models (`xrdfast.models`) or for metrics (`xrdfast.evaluation`).
+"""

@@ -1,0 +1,163 @@
+"""Files of a training run: the resumable state, and the model that predict and evaluate read.
+
+Both are single safetensors files whose metadata holds JSON, so that one rename replaces weights and
+description together and a write that fails leaves the previous file whole. Not for stores or for published
+checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from xrdfast.data.files import write_atomically
+from xrdfast.errors import InputError
+from xrdfast.models import PRESETS, SymmetryModel, build_model
+
+MODEL_FILE = "model.safetensors"
+STATE_FILE = "last.safetensors"
+_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a model file says beside its weights.
+
+    Attributes:
+        preset: name of the architecture.
+        wavelength: Angstrom, of the patterns the model was trained on.
+        grid: fields of `xrdfast.bragg.Grid`.
+        config: the resolved configuration of the run, {} for imported weights.
+        calibration: what `xrdfast.posterior` fitted on validation patterns, {} where nothing was fitted.
+        metrics: of the validation patterns.
+    """
+
+    preset: str
+    wavelength: float
+    grid: dict[str, Any]
+    config: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def save_model(path: str | Path, model: SymmetryModel, card: ModelCard) -> None:
+    """Writes weights and card as one file, whole or not at all.
+
+    Raises:
+        InputError: where the file system refuses.
+    """
+    metadata = {"format": "xrdfast-model", "version": _VERSION, "card": json.dumps(vars(card))}
+    _write(Path(path), model.state_dict(), metadata)
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> SymmetryModel:
+    """Builds the model of a run folder or model file, in evaluation mode.
+
+    Raises:
+        InputError: for a file that is missing, damaged, of another kind, or whose weights do not fit its
+            preset.
+    """
+    path = _model_path(path)
+    metadata, tensors = _read(path, "xrdfast-model")
+    card = _card(path, metadata)
+    if card.preset not in PRESETS:
+        raise InputError(f"{path}: preset: must be one of {', '.join(PRESETS)}, got {card.preset}")
+    model = build_model(card.preset)
+    load_weights(path, model, tensors)
+    return model.to(device).eval()
+
+
+def load_model_card(path: str | Path) -> ModelCard:
+    """The description in a run folder or model file.
+
+    Raises:
+        InputError: as `load_model`.
+    """
+    path = _model_path(path)
+    metadata, _ = _read(path, "xrdfast-model", tensors=False)
+    return _card(path, metadata)
+
+
+def load_weights(path: Path, model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copies tensors into a model of exactly these names and shapes.
+
+    Raises:
+        InputError: naming `path` and the first tensor that does not fit.
+    """
+    own = model.state_dict()
+    for name in sorted(own.keys() | tensors.keys()):
+        wanted = tuple(own[name].shape) if name in own else None
+        got = tuple(tensors[name].shape) if name in tensors else None
+        if wanted != got:
+            raise InputError(f"{path}: {name}: must be {wanted or 'absent'}, got {got or 'nothing'}")
+    model.load_state_dict(dict(tensors))
+
+
+def save_state(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Writes a run's tensors and its JSON state as one file, whole or not at all.
+
+    Raises:
+        InputError: where the file system refuses; the previous state is still there then.
+    """
+    _write(path, tensors, {"format": "xrdfast-run", "version": _VERSION, "state": json.dumps(state)})
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what `save_state` wrote.
+
+    Raises:
+        InputError: for a file that is missing, damaged or of another kind.
+    """
+    metadata, tensors = _read(path, "xrdfast-run")
+    try:
+        return tensors, dict(json.loads(metadata["state"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: state: must be a JSON object, got {error}") from error
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    # Clones, because safetensors refuses tensors that share memory.
+    raw = save(
+        {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, metadata
+    )
+    with write_atomically(path) as file:
+        file.write(raw)
+
+
+def _read(path: Path, format_name: str, *, tensors: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # Copies: views of the map would change under us if the file were rewritten in place.
+            content = {name: file.get_tensor(name).clone() for name in file.keys()} if tensors else {}  # noqa: SIM118
+    except OSError as error:
+        raise InputError(f"{path}: file: must be readable, got {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise InputError(f"{path}: file: must be a whole safetensors file, got {error}") from error
+    if metadata.get("format") != format_name:
+        raise InputError(
+            f"{path}: format: must be {format_name}, got {metadata.get('format', 'another kind of file')}"
+        )
+    if metadata.get("version") != _VERSION:
+        raise InputError(f"{path}: version: must be {_VERSION}, got {metadata.get('version')}")
+    return metadata, content
+
+
+def _card(path: Path, metadata: Mapping[str, str]) -> ModelCard:
+    try:
+        return ModelCard(**json.loads(metadata["card"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: card: must describe the model, got {error}") from error
+
+
+def _model_path(path: str | Path) -> Path:
+    path = Path(path)
+    return path / MODEL_FILE if path.is_dir() else path

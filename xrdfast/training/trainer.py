@@ -1,0 +1,491 @@
+"""The training loop: batches, balanced steps, averaged weights, validation, checkpoints, log.
+
+A step depends only on the configuration, the data and its number (order, augmentation and dropout are drawn
+from streams seeded by them), so a run that was stopped continues bit for bit on the same machine. Not for
+task weights (`balance.py`), file formats (`checkpoint.py`) or drawing progress bars (the command line).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import math
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from xrdfast.data.generate import PatternSource
+from xrdfast.data.store import PatternStore
+from xrdfast.errors import InputError
+from xrdfast.evaluation import evaluate_predictions
+from xrdfast.models import build_model
+from xrdfast.posterior import fit_calibration
+from xrdfast.symmetry import N_CLASSES, class_index
+from xrdfast.training import checkpoint
+from xrdfast.training.balance import Balance, balanced_step
+from xrdfast.training.config import RunConfig, TrainConfig
+from xrdfast.training.processes import Processes, local_device, stop_on_signals
+from xrdfast.training.run_log import ProgressCallback, RunLog, StepWindow
+
+CONFIG_FILE = "config.toml"
+INTERRUPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run again (with resume) to go on
+
+# Settings that may change when a run is resumed: they do not touch the numbers it computes.
+_FREE_ON_RESUME = frozenset(
+    {"train.checkpoint_minutes", "train.log_steps", "train.tensorboard", "train.threads"}
+)
+_EVALUATION_BATCH = 128
+_RECALIBRATION_PATTERNS = 1024  # enough for means and variances; 20 s of the paper preset on two cores
+
+
+class RunResult(NamedTuple):
+    """How a run ended."""
+
+    status: str  # "finished", "stopped_early" (patience) or "interrupted" (by a signal; resumable)
+    step: int
+    metrics: dict[str, Any]  # of the best model on the validation folds, {} before the first validation
+
+
+class Trainer:
+    """Trains one model in one folder.
+
+    The folder receives `config.toml` (resolved), `log.jsonl`, `model.safetensors` (averaged weights, best
+    space-group top-1 on the validation folds) and `last.safetensors` (everything a resume needs). Under
+    torchrun each process takes its share of every batch, and gradients are averaged over processes.
+
+    Args:
+        config: the run.
+        out_dir: created where missing.
+        resume: continue the run found in `out_dir`, or start one where there is none.
+        progress: called with every record of the log (first process only).
+
+    Raises:
+        InputError: for stores or a checkpoint that do not fit the configuration, or a folder that holds
+            another run.
+
+    Note:
+        Flushes subnormal numbers and sets the thread count for the whole process.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        out_dir: str | Path,
+        *,
+        resume: bool = False,
+        progress: ProgressCallback | None = None,
+    ) -> None:
+        self.config = config
+        self.out_dir = Path(out_dir)
+        self._report = progress
+        train = config.train
+        torch.set_flush_denormal(True)  # decaying averages end in subnormals, which cost ten times the time
+        if train.threads:
+            torch.set_num_threads(train.threads)
+        self.device = local_device(train.device)
+        self._processes = Processes(self.device)
+
+        self.store = PatternStore.open(config.data.stores)
+        self.source = PatternSource(self.store, augment=config.augment)
+        self.training, self.validation = self.store.split(
+            config.data.folds_validation, clean=config.data.clean
+        )
+        self._check_sizes()
+        self.steps_per_epoch = len(self.training) // train.batch_size
+
+        torch.manual_seed(train.seed)
+        self.model = build_model(config.model.preset).to(self.device).train()
+        self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self._parameters = list(self.model.parameters())
+        # Matrices decay; biases, norms and scales do not.
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in self._parameters if p.dim() >= 2], "weight_decay": train.weight_decay},
+                {"params": [p for p in self._parameters if p.dim() < 2], "weight_decay": 0.0},
+            ],
+            lr=train.learning_rate,
+            betas=train.betas,
+            fused=True,
+        )
+        self.balance = Balance(train.balance, len(self.model.tasks), self.device)
+        self._class_index = {task: torch.tensor(class_index(task)) for task in self.model.tasks}
+
+        self.step = 0
+        self.elapsed = 0.0  # seconds of all sittings
+        self.fraction = 0.0  # of the run that is done, 0..1
+        self.best: dict[str, Any] = {}  # metrics of the best validation
+        self.worse_validations = 0  # since the best one
+        self._begun = time.monotonic()  # when this run would have begun in one sitting
+        self._log: RunLog | None = None
+        self._stop_requested = False  # by a signal to this process
+        self._stop_agreed = False  # by all processes, in their last step
+        self._order: tuple[int, Tensor] | None = None  # epoch and its order
+        self._open_folder(resume)
+
+    def run(self) -> RunResult:
+        """Trains to the end, or until SIGINT or SIGTERM (the step in progress is finished and saved)."""
+        train = self.config.train
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._processes.leave)
+            if self._processes.rank == 0:
+                log = RunLog(self.out_dir, tensorboard=train.tensorboard, report=self._report)
+                self._log = stack.enter_context(log)
+            stack.enter_context(stop_on_signals(self._request_stop))
+            self._begun = time.monotonic() - self.elapsed
+            self._write(
+                "start",
+                preset=self.config.model.preset,
+                parameters=sum(parameter.numel() for parameter in self._parameters),
+                training_patterns=len(self.training),
+                validation_patterns=len(self.validation),
+                device=str(self.device),
+                threads=torch.get_num_threads(),
+                processes=self._processes.count,
+            )
+            status = self._loop()
+            if status != "interrupted":
+                self._finish_model()
+            self._write("end", status=status, metrics=self.best)
+        return RunResult(status, self.step, self.best)
+
+    def _loop(self) -> str:
+        train = self.config.train
+        window = StepWindow(self.model.tasks, self.device)
+        saved = time.monotonic()
+        patience = train.early_stopping_patience
+        while True:
+            if patience and self.worse_validations >= patience:
+                return "stopped_early"
+            if self.fraction >= 1.0:
+                return "finished"
+            window.add(*self._train_step())
+            done = self.fraction >= 1.0
+            if self.step % train.log_steps == 0 or done:
+                self._write("step", **window.take(train.batch_size), learning_rate=self._learning_rate())
+            validates = self.step % (self.steps_per_epoch * train.validate_epochs) == 0 or done
+            if validates:
+                begun = time.monotonic()
+                self._validate()
+                window.leave_out(time.monotonic() - begun)
+            stops = self._stop_agreed or (self._stop_requested and self._processes.count == 1)
+            if validates or stops or time.monotonic() - saved >= 60.0 * train.checkpoint_minutes:
+                self.save()
+                saved = time.monotonic()
+            if stops and not done:
+                return "interrupted"
+
+    def _train_step(self) -> tuple[Tensor, Tensor, Tensor]:
+        """One update. Returns losses (T,), weights (T,) and whether all was finite, on the device."""
+        train = self.config.train
+        generator = torch.Generator().manual_seed(
+            _seed(train.seed, "pattern", self.step, self._processes.rank)
+        )
+        torch.manual_seed(_seed(train.seed, "dropout", self.step, self._processes.rank))
+        intensity, number = self.source.batch(self._batch_indices(), generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            result = balanced_step(
+                self.model, self._moved(intensity), self._labels(number), self.balance, train.label_smoothing
+            )
+        elapsed, self._stop_agreed = self._processes.average_gradients(
+            self._parameters, self._clock(), self._stop_requested
+        )
+        norm = nn.utils.clip_grad_norm_(self._parameters, train.clip_norm or math.inf)
+        finite = result.finite & norm.isfinite()
+        self.step += 1
+        self.fraction = self._fraction_done(elapsed)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        # The fused kernel skips the update where this is 1, without the host having to know.
+        self.optimizer.found_inf = (~finite).float()
+        self.optimizer.step()
+        # The first averages must not cling to the initial weights.
+        decay = min(train.ema_decay, self.step / (self.step + 9.0))
+        torch._foreach_lerp_(list(self.averaged.parameters()), self._parameters, 1.0 - decay)
+        return result.losses, result.weights, finite
+
+    def _validate(self) -> None:
+        metrics = self._measure(self._validation_logits())
+        leading = self.model.tasks[0]  # space groups, where the model has them
+        better = not self.best or metrics["top1"][leading] > self.best["top1"][leading]
+        self.worse_validations = 0 if better else self.worse_validations + 1
+        if better:
+            self.best = metrics
+            self._save_model()
+        self._write("validation", best=better, metrics=metrics)
+
+    def _measure(self, logits: dict[str, Tensor]) -> dict[str, Any]:
+        """Top-1 share and cross-entropy of each task."""
+        index = self.store.space_group_01[self.validation].long() - 1
+        top1, loss = {}, {}
+        for task, rows in logits.items():
+            labels = self._class_index[task][index]
+            top1[task] = float((rows.argmax(dim=1) == labels).double().mean())
+            loss[task] = float(F.cross_entropy(rows, labels))
+        return {"step": self.step, "top1": top1, "loss": loss}
+
+    def _finish_model(self) -> None:
+        """Takes the best model up again and writes it with calibration and all metrics."""
+        self._processes.wait()  # until the first process has written it
+        path = self.out_dir / checkpoint.MODEL_FILE
+        self.averaged.load_state_dict(checkpoint.load_model(path, self.device).state_dict())
+        logits = self._averaged_logits()
+        number = self.store.space_group_01[self.validation].long()
+        if self._processes.rank == 0:
+            calibration = fit_calibration(logits, number).to_dict()
+            metrics = evaluate_predictions(logits, number)
+            self._save_model(calibration, metrics)
+            self._write("evaluation", metrics=metrics)
+
+    def _validation_logits(self) -> dict[str, Tensor]:
+        """Logits of the validation patterns with today's averaged weights, as `_averaged_logits`."""
+        with torch.no_grad():
+            for averaged, current in zip(self.averaged.buffers(), self.model.buffers(), strict=True):
+                averaged.copy_(current)
+        if any(isinstance(module, _BatchNorm) for module in self.averaged.modules()):
+            # Running statistics belong to the raw weights and follow the last few batches: take them anew.
+            generator = torch.Generator().manual_seed(_seed(self.config.train.seed, "recalibration", 0, 0))
+            order = torch.randperm(len(self.training), generator=generator)
+            sample = self.training[order[:_RECALIBRATION_PATTERNS]]
+            recalibrate_batch_norm(self.averaged, self._clean_batches(sample))
+            self._write(
+                "recalibration", patterns=len(sample), note="batch-norm statistics taken anew for validation"
+            )
+        return self._averaged_logits()
+
+    def _averaged_logits(self) -> dict[str, Tensor]:
+        """Logits of every task over the validation patterns: averaged weights, no augmentation."""
+        share = self._processes.share_of(self.validation)
+        pieces = []
+        with torch.inference_mode(), self._autocast():
+            for intensity in self._clean_batches(share):
+                logits = self.averaged(intensity)._asdict()
+                pieces.append(torch.cat([logits[task].float() for task in self.averaged.tasks], dim=1))
+        joined = self._processes.join(torch.cat(pieces), len(self.validation)).cpu()
+        widths = [N_CLASSES[task] for task in self.averaged.tasks]
+        return dict(zip(self.averaged.tasks, joined.split(widths, dim=1), strict=True))
+
+    def _clean_batches(self, indices: Tensor) -> Iterator[Tensor]:
+        for batch in indices.split(_EVALUATION_BATCH):
+            yield self._moved(self.source.batch(batch)[0])
+
+    def _batch_indices(self) -> Tensor:
+        """Store rows of this process in the current step."""
+        train = self.config.train
+        epoch, position = divmod(self.step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(_seed(train.seed, "order", epoch, 0))
+            if train.class_balance:
+                counts = self.store.group_counts(self.training)
+                number = self.store.space_group_01[self.training].long()
+                weight = counts[number - 1].double().pow(-train.class_balance)
+                order = torch.multinomial(weight, len(weight), replacement=True, generator=generator)
+            else:
+                order = torch.randperm(len(self.training), generator=generator)
+            self._order = epoch, self.training[order]
+        size = train.batch_size // self._processes.count
+        begin = position * train.batch_size + self._processes.rank * size
+        return self._order[1][begin : begin + size]
+
+    def _labels(self, number: Tensor) -> dict[str, Tensor]:
+        return {task: self._moved(table[number - 1]) for task, table in self._class_index.items()}
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        enabled = self.config.train.precision == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def _fraction_done(self, elapsed: float) -> float:
+        train = self.config.train
+        by_steps = self.step / (train.epochs * self.steps_per_epoch) if train.epochs else 0.0
+        by_time = elapsed / (60.0 * train.max_minutes) if train.max_minutes else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    def _learning_rate(self) -> float:
+        return self.config.train.learning_rate * learning_rate_factor(self.fraction, self.config.train)
+
+    def _clock(self) -> float:
+        return time.monotonic() - self._begun
+
+    def _write(self, event: str, **content: Any) -> None:
+        if self._log is not None:
+            place = {"step": self.step, "epoch": self.step / self.steps_per_epoch, "fraction": self.fraction}
+            self._log.write({"event": event, **place, "elapsed": round(self._clock(), 3), **content})
+
+    def _request_stop(self) -> None:
+        self._stop_requested = True
+
+    # --- files ---
+
+    def save(self) -> None:
+        """Writes the resumable state (first process only).
+
+        Raises:
+            InputError: where the disk is full; the previous state is still there then.
+        """
+        self.elapsed = self._clock()
+        if self._processes.rank:
+            return
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"averaged.{name}": tensor for name, tensor in self.averaged.state_dict().items()}
+        tensors |= {f"balance.{name}": tensor for name, tensor in self.balance.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            moments = self.optimizer.state.get(parameter, {})
+            tensors |= {f"optimizer.{key}.{name}": tensor for key, tensor in moments.items()}
+        state = {
+            "config": self.config.to_dict(),
+            "data": self._data_fingerprint(),
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "fraction": self.fraction,
+            "best": self.best,
+            "worse_validations": self.worse_validations,
+        }
+        checkpoint.save_state(self.out_dir / checkpoint.STATE_FILE, tensors, state)
+
+    def _open_folder(self, resume: bool) -> None:
+        path = self.out_dir / checkpoint.STATE_FILE
+        if resume and path.exists():
+            self._restore(path)
+            return
+        if any((self.out_dir / name).exists() for name in (checkpoint.STATE_FILE, checkpoint.MODEL_FILE)):
+            raise InputError(f"{self.out_dir}: folder: must be new or resumed, got a run")
+        if self._processes.rank == 0:
+            try:
+                self.out_dir.mkdir(parents=True, exist_ok=True)
+                (self.out_dir / CONFIG_FILE).write_text(self.config.to_toml(), encoding="utf-8")
+            except OSError as error:
+                raise InputError(
+                    f"{self.out_dir}: folder: must be writable, got {error.strerror or error}"
+                ) from error
+
+    def _restore(self, path: Path) -> None:
+        tensors, state = checkpoint.load_state(path)
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "averaged": {}, "balance": {}, "optimizer": {}}
+        try:
+            for name, tensor in tensors.items():
+                part, _, rest = name.partition(".")
+                parts[part][rest] = tensor
+            self._check_same_run(path, state["config"], state["data"])
+            checkpoint.load_weights(path, self.model, parts["model"])
+            checkpoint.load_weights(path, self.averaged, parts["averaged"])
+            self.balance.load_state_dict(parts["balance"])
+            for name, parameter in self.model.named_parameters():
+                moments = {
+                    key: parts["optimizer"].get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+                if moments["step"] is not None:
+                    self.optimizer.state[parameter] = {key: x.to(self.device) for key, x in moments.items()}
+            self.step, self.elapsed, self.fraction = (
+                int(state["step"]),
+                float(state["elapsed"]),
+                float(state["fraction"]),
+            )
+            self.best, self.worse_validations = dict(state["best"]), int(state["worse_validations"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path}: state: must be that of a run, got {type(error).__name__} {error}"
+            ) from error
+
+    def _check_same_run(self, path: Path, config: dict[str, Any], data: dict[str, Any]) -> None:
+        own = self.config.to_dict()
+        for table, settings in own.items():
+            for key, value in settings.items():
+                saved = config[table].get(key)
+                if saved != value and f"{table}.{key}" not in _FREE_ON_RESUME:
+                    raise InputError(
+                        f"{path}: {table}.{key}: must be {saved} to resume this run, got {value}"
+                    )
+        if data != self._data_fingerprint():
+            raise InputError(
+                f"{path}: data: must be the stores this run began with, got {self._data_fingerprint()}"
+            )
+
+    def _data_fingerprint(self) -> dict[str, int]:
+        rows = torch.cat([self.training, self.validation]).tolist()
+        names = "\n".join(self.store.ids[row] for row in rows)
+        return {
+            "training": len(self.training),
+            "validation": len(self.validation),
+            "crc32": zlib.crc32(names.encode()),
+        }
+
+    def _save_model(
+        self, calibration: dict[str, Any] | None = None, metrics: dict[str, Any] | None = None
+    ) -> None:
+        if self._processes.rank:
+            return
+        card = checkpoint.ModelCard(
+            preset=self.config.model.preset,
+            wavelength=self.store.simulation.wavelength,
+            grid=dataclasses.asdict(self.source.grid),
+            config=self.config.to_dict(),
+            calibration=calibration or {},
+            metrics=self.best | (metrics or {}),
+        )
+        checkpoint.save_model(self.out_dir / checkpoint.MODEL_FILE, self.averaged, card)
+
+    def _check_sizes(self) -> None:
+        size, processes = self.config.train.batch_size, self._processes.count
+        if size % processes:
+            raise InputError(f"train.batch_size: must be a multiple of {processes} processes, got {size}")
+        if size > len(self.training):
+            raise InputError(
+                f"train.batch_size: must be <= {len(self.training)} training patterns, got {size}"
+            )
+        if len(self.validation) == 0:
+            folds = list(self.config.data.folds_validation)
+            raise InputError(f"data.folds_validation: must hold patterns of the stores, got none in {folds}")
+
+
+def learning_rate_factor(fraction: float, config: TrainConfig) -> float:
+    """Share of the learning rate when `fraction` (0..1) of the run is done: a rise, then the fall.
+
+    Example:
+        >>> learning_rate_factor(1.0, TrainConfig(schedule="linear", final_fraction=0.1))
+        0.1
+    """
+    if fraction < config.warmup_fraction:
+        return fraction / config.warmup_fraction
+    passed = (fraction - config.warmup_fraction) / (1.0 - config.warmup_fraction)
+    high = {"cosine": 0.5 * (1.0 + math.cos(math.pi * passed)), "linear": 1.0 - passed, "constant": 1.0}
+    return config.final_fraction + (1.0 - config.final_fraction) * high[config.schedule]
+
+
+def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replaces the running statistics of every batch norm by plain averages over some batches.
+
+    Args:
+        model: in evaluation mode, and left so; its other layers (dropout) stay in that mode throughout.
+        batches: of inputs.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's way to ask for the plain average
+        norm.train()
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+def _seed(seed: int, purpose: str, number: int, rank: int) -> int:
+    digest = hashlib.blake2b(f"{seed} {purpose} {number} {rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # generators take 63 bits
