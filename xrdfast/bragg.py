@@ -1,6 +1,8 @@
-"""Bragg's law, radiations, the 2theta grid, and metrics of the reciprocal lattice. Not for intensities of structures.
+"""Bragg's law, radiations, the 2theta grid, and metrics of the reciprocal lattice.
 
     lambda = 2 d sin(theta),   q = 2 pi / d
+
+Not for intensities (`xrdfast.ops.simulate`).
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# K-alpha1, K-alpha2 in Angstrom. Copper: the values of the XRDecoupler grid (arXiv:2511.06976) and its doublet;
-# the others: International Tables for Crystallography C (2004), table 4.2.2.4.
+# K-alpha1, K-alpha2 in Angstrom. Copper: the values of the XRDecoupler grid (arXiv:2511.06976) and its
+# doublet; the others: International Tables for Crystallography C (2004), table 4.2.2.4.
 _DOUBLETS = {
     "Cu": (1.54056, 1.54439),
     "Mo": (0.70931715, 0.713607),
@@ -51,7 +53,8 @@ def wavelength_of(radiation: str | float) -> float:
         value = float(radiation)
     except ValueError:
         raise ValueError(
-            f"wavelength_of: radiation must be a number in Angstrom or one of {', '.join(table)}, got {radiation!r}"
+            f"wavelength_of: radiation must be a number in Angstrom or one of {', '.join(table)}, "
+            f"got {radiation!r}"
         ) from None
     if not (math.isfinite(value) and value > 0.0):
         raise ValueError(f"wavelength_of: wavelength must be finite and > 0 Angstrom, got {radiation}")
@@ -59,7 +62,7 @@ def wavelength_of(radiation: str | float) -> float:
 
 
 def d_spacing_of(two_theta: ArrayLike, wavelength: float) -> NDArray[np.float64]:
-    """d in Angstrom at angles in degrees, 0 < 2theta <= 180; NaN elsewhere.
+    """Spacing d in Angstrom at angles in degrees, 0 < 2theta <= 180; NaN elsewhere.
 
     Raises:
         ValueError: for a wavelength that is not finite and positive.
@@ -75,7 +78,7 @@ def d_spacing_of(two_theta: ArrayLike, wavelength: float) -> NDArray[np.float64]
 
 
 def two_theta_of(d_spacing: ArrayLike, wavelength: float) -> NDArray[np.float64]:
-    """2theta in degrees of spacings in Angstrom; NaN where lambda / 2d > 1 or d <= 0: nothing diffracts there.
+    """2theta in degrees of spacings in Angstrom; NaN where nothing diffracts: lambda / 2d > 1 or d <= 0.
 
     Raises:
         ValueError: for a wavelength that is not finite and positive.
@@ -92,7 +95,7 @@ def two_theta_of(d_spacing: ArrayLike, wavelength: float) -> NDArray[np.float64]
 
 
 def q_of(d_spacing: ArrayLike) -> NDArray[np.float64]:
-    """q = 2 pi / d in 1/Angstrom, or d from q by the same rule; NaN where the argument is <= 0.
+    """Scattering vector q = 2 pi / d in 1/Angstrom, or d from q by the same rule; NaN where that is <= 0.
 
     Example:
         >>> round(float(q_of(1.0)), 6)
@@ -129,12 +132,15 @@ class Grid:
                 f"got {self.two_theta_min}, {self.two_theta_max}"
             )
         if not 0.0 < self.two_theta_step <= self.two_theta_max - self.two_theta_min:
-            raise ValueError(f"Grid: two_theta_step must be > 0 and within the range, got {self.two_theta_step}")
+            raise ValueError(
+                f"Grid: two_theta_step must be > 0 and within the range, got {self.two_theta_step}"
+            )
 
     @property
     def n_points(self) -> int:
-        """Number of points."""
-        return round((self.two_theta_max - self.two_theta_min) / self.two_theta_step)
+        """Number of points, two_theta_max never among them."""
+        steps = (self.two_theta_max - self.two_theta_min) / self.two_theta_step
+        return math.ceil(steps - 1e-6)  # 85 / 0.01 must be 8500 however it rounds
 
     def two_theta(self) -> NDArray[np.float64]:
         """(n_points,) angles of the points, degrees."""

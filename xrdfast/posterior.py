@@ -1,7 +1,8 @@
 """One answer from up to four heads: a joint posterior over the 230 space groups, and its calibration.
 
-Crystal system, centring, point group and extinction group are functions of the space group, so predictions of all
-levels are sums over one distribution and never contradict each other. Not for metrics (`xrdfast.evaluation`).
+Crystal system, centring, point group and extinction group are functions of the space group, so predictions of
+all levels are sums over one distribution and never contradict each other. Not for metrics
+(`xrdfast.evaluation`).
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 MAX_EXPONENT = 20.0
 
 
-class Calibration(dict[str, dict[str, float]]):
-    """What is fitted on validation patterns; a dict of plain numbers, so that a model card stores it as it is.
+@dataclass(frozen=True)
+class Calibration:
+    """What is fitted on validation patterns.
 
-    Args:
+    Attributes:
         temperatures: for each task, T of softmax(logits / T), 0.05..20.
         exponents: for each task, its power in the product of experts, 0..20. They need not sum to one: their
             overall scale is the sharpness of the joint posterior.
@@ -33,34 +35,26 @@ class Calibration(dict[str, dict[str, float]]):
         ValueError: for unknown or differing tasks, or numbers outside these ranges.
 
     Example:
-        >>> Calibration({"space_group": 1.5}, {"space_group": 1.2}).temperatures
-        {'space_group': 1.5}
+        >>> Calibration({"space_group": 1.5}, {"space_group": 1.2}).to_dict()
+        {'temperatures': {'space_group': 1.5}, 'exponents': {'space_group': 1.2}}
     """
 
-    def __init__(self, temperatures: Mapping[str, float], exponents: Mapping[str, float]) -> None:
-        if set(temperatures) != set(exponents) or not temperatures or set(temperatures) - set(TASKS):
+    temperatures: Mapping[str, float]
+    exponents: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        tasks = set(self.temperatures)
+        if tasks != set(self.exponents) or not tasks or tasks - set(TASKS):
             raise ValueError(
                 f"Calibration: temperatures, exponents must name the same tasks of {', '.join(TASKS)}, "
-                f"got {list(temperatures)}, {list(exponents)}"
+                f"got {list(self.temperatures)}, {list(self.exponents)}"
             )
-        super().__init__(
-            temperatures=_numbers("temperatures", temperatures, MIN_TEMPERATURE, MAX_TEMPERATURE),
-            exponents=_numbers("exponents", exponents, 0.0, MAX_EXPONENT),
-        )
-
-    @property
-    def temperatures(self) -> dict[str, float]:
-        """T of each task."""
-        return self["temperatures"]
-
-    @property
-    def exponents(self) -> dict[str, float]:
-        """Power of each task in the product of experts."""
-        return self["exponents"]
+        _check_numbers("temperatures", self.temperatures, MIN_TEMPERATURE, MAX_TEMPERATURE)
+        _check_numbers("exponents", self.exponents, 0.0, MAX_EXPONENT)
 
     def to_dict(self) -> dict[str, dict[str, float]]:
         """Plain dict that `from_dict` takes and JSON carries."""
-        return {name: dict(numbers) for name, numbers in self.items()}
+        return {"temperatures": dict(self.temperatures), "exponents": dict(self.exponents)}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Calibration:
@@ -126,12 +120,16 @@ def joint_posterior(
     experts = checked_logits("joint_posterior", logits)
     missing = [task for task in experts if calibration is not None and task not in calibration.temperatures]
     if missing:
-        raise ValueError(f"joint_posterior: calibration must cover every task of the logits, got no {missing[0]}")
+        raise ValueError(
+            f"joint_posterior: calibration must cover every task of the logits, got no {missing[0]}"
+        )
     first = next(iter(experts.values()))
     total = first.new_zeros(len(first), N_SPACE_GROUPS)
     for task, rows in experts.items():
         temperature, exponent = (
-            (1.0, 1.0) if calibration is None else (calibration.temperatures[task], calibration.exponents[task])
+            (1.0, 1.0)
+            if calibration is None
+            else (calibration.temperatures[task], calibration.exponents[task])
         )
         total = total + exponent * _expert(task, rows, temperature)
     return JointPosterior(total.softmax(dim=1))
@@ -140,9 +138,9 @@ def joint_posterior(
 def fit_calibration(logits: Mapping[str, Tensor | None], space_group_number: Tensor) -> Calibration:
     """Temperatures and exponents that minimise the negative log-likelihood (NLL) of held-out patterns.
 
-    First each task alone in 1/T, then all exponents together in the joint posterior. Both are log-linear models, so
-    both problems are convex; a prior worth one pattern pulls every number towards 1 (1/(2n) (x - 1)^2), which
-    keeps tiny sets sane and vanishes in large ones.
+    First each task alone in 1/T, then all exponents together in the joint posterior. Both are log-linear
+    models, so both problems are convex; a prior worth one pattern pulls every number towards 1
+    (1/(2n) (x - 1)^2), which keeps tiny sets sane and vanishes in large ones.
 
     Args:
         logits: as in `joint_posterior`, finite, of patterns the model was not trained on.
@@ -152,7 +150,7 @@ def fit_calibration(logits: Mapping[str, Tensor | None], space_group_number: Ten
         The calibration. Deterministic.
 
     Raises:
-        ValueError: as `joint_posterior`; for logits that are not finite, no pattern, or numbers outside 1..230.
+        ValueError: as `joint_posterior`; for logits that are not finite, no pattern, numbers outside 1..230.
 
     Source:
         Guo et al., ICML 2017 (arXiv:1706.04599), section 4.2, for the temperatures.
@@ -160,7 +158,7 @@ def fit_calibration(logits: Mapping[str, Tensor | None], space_group_number: Ten
     experts = checked_logits("fit_calibration", logits, finite=True)
     number = checked_numbers("fit_calibration", space_group_number, len(next(iter(experts.values()))))
     index = number - 1
-    experts = {task: rows.double().cpu() for task, rows in experts.items()}
+    experts = {task: rows.cpu().double() for task, rows in experts.items()}
     temperatures = {}
     for task, rows in experts.items():
         target = _classes(task, rows.device)[index]
@@ -177,8 +175,8 @@ def checked_logits(
     """The tasks that are present, in the order of `TASKS`, as float32 or float64.
 
     Raises:
-        ValueError: for unknown tasks, none at all, other shapes, unequal lengths, or, where `finite` is asked,
-            logits that are not.
+        ValueError: for unknown tasks, none at all, other shapes, unequal lengths, or, where `finite` is
+            asked, logits that are not.
     """
     unknown = [task for task in logits if task not in TASKS]
     if unknown:
@@ -232,8 +230,9 @@ def _expert(task: str, logits: Tensor, temperature: float) -> Tensor:
 def _fit_log_linear(scores: Tensor, target: Tensor, lower: float, upper: float) -> Tensor:
     """Weights x in [lower, upper] that minimise mean NLL of softmax(sum_k x_k scores_k) + |x - 1|^2 / 2n.
 
-    Projected Newton: coordinates that the gradient presses against a bound rest, the others take a damped Newton
-    step (Bertsekas, SIAM J. Control Optim. 20 (1982) 221). The prior keeps the Hessian positive definite.
+    Projected Newton: coordinates that the gradient presses against a bound rest, the others take a damped
+    Newton step (Bertsekas, SIAM J. Control Optim. 20 (1982) 221). The prior keeps the Hessian positive
+    definite.
 
     Args:
         scores: (n_patterns, n_weights, n_classes) float64.
@@ -280,9 +279,8 @@ def _fit_log_linear(scores: Tensor, target: Tensor, lower: float, upper: float) 
     return weights
 
 
-def _numbers(name: str, numbers: Mapping[str, Any], lower: float, upper: float) -> dict[str, float]:
+def _check_numbers(name: str, numbers: Mapping[str, Any], lower: float, upper: float) -> None:
     for task, number in numbers.items():
         plain = isinstance(number, int | float) and not isinstance(number, bool)
         if not (plain and math.isfinite(number) and lower <= number <= upper):
             raise ValueError(f"Calibration: {name}[{task!r}] must be in {lower:g}..{upper:g}, got {number!r}")
-    return {task: float(numbers[task]) for task in TASKS if task in numbers}

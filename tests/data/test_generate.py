@@ -25,9 +25,6 @@ from xrdfast.data.structures import PackedStructures, load_structures
 from xrdfast.errors import InputError
 from xrdfast.ops.simulate import simulate_families
 
-# spglib's own dataclass interface still warns that its way of raising errors will change.
-pytestmark = pytest.mark.filterwarnings("ignore:Set OLD_ERROR_HANDLING:DeprecationWarning")
-
 # name: cell (a, b, c, alpha, beta, gamma), sites (Z, x, y, z), space group, free metric parameters
 CRYSTALS = {
     "albite-like": ((4.1, 5.2, 6.3, 81.0, 94.0, 107.0), [(14, 0.1, 0.2, 0.3), (8, 0.4, 0.15, 0.7)], 1, 6),

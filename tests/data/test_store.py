@@ -302,9 +302,9 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_append_refuses_families_of_other_structures(path: Path) -> None:
-    with pytest.raises(ValueError, match="append: families must be of 3 structures, got 4"):
-        with StoreWriter(path, SimulationConfig()) as writer:
-            writer.append(make_structures(3), make_families(4))
+    message = "append: families must be of 3 structures, got 4"
+    with pytest.raises(ValueError, match=message), StoreWriter(path, SimulationConfig()) as writer:
+        writer.append(make_structures(3), make_families(4))
     assert not path.exists()
 
 
@@ -341,7 +341,7 @@ def test_split_holds_folds_out(path: Path) -> None:
 
 def test_split_refuses_relatives_on_both_sides(path: Path) -> None:
     store = write_labelled(path, formula=["A", "B", "A"], fold=[0, 1, 2])
-    with pytest.raises(InputError, match="fold: must be one for equal formulas .* got two for A"):
+    with pytest.raises(InputError, match=r"fold: must be one for equal formulas .* got two for A"):
         store.split([0])
     store.split([1])
     store = write_labelled(path, fold=[0, -1, 2])

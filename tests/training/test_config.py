@@ -104,8 +104,13 @@ def test_a_run_needs_stores() -> None:
 
 @pytest.mark.parametrize("override", ["epochs=3", "train.epochs", "=3", "train.=3"])
 def test_a_malformed_override_is_named(override: str) -> None:
-    with pytest.raises(InputError, match="override: must be table.key=value"):
+    with pytest.raises(InputError, match=r"override: must be table\.key=value"):
         load_config(None, [override])
+
+
+def test_a_bad_override_is_told_without_a_file() -> None:
+    with pytest.raises(InputError, match=r"^train\.epochs: must be >= 0, got -3$"):
+        load_config(None, ["train.epochs=-3", "data.stores=a", "model.preset=paper"])
 
 
 def test_a_bad_file_is_named(tmp_path: Path) -> None:

@@ -306,7 +306,7 @@ def test_what_does_not_fit_is_named(cubic_store: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_must_be_there(cubic_store: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="train.device: must be cpu where no GPU is found, got cuda"):
+    with pytest.raises(InputError, match=r"train.device: must be cpu where no GPU is found, got cuda"):
         Trainer(tiny_config(cubic_store, device="cuda"), tmp_path)
 
 
@@ -333,7 +333,7 @@ def test_tensorboard_is_asked_for_by_name(cubic_store: Path, tmp_path: Path) -> 
         import tensorboard  # noqa: F401
     except ImportError:
         with pytest.raises(
-            InputError, match="train.tensorboard: must be false where tensorboard is not installed"
+            InputError, match=r"train.tensorboard: must be false where tensorboard is not installed"
         ):
             trainer.run()
     else:

@@ -59,7 +59,7 @@ def register_presets() -> None:
 
 
 def write_cubic_store(path: Path, n: int = 60) -> None:
-    """n cubic patterns, folds 0..9 in turn, groups in turn, random cell edges and |F|^2."""
+    """Cubic patterns, n of them: folds 0..9 in turn, groups in turn, random cell edges and |F|^2."""
     generator = torch.Generator().manual_seed(n)
     simulation = SimulationConfig()
     edges = (3.0 + 2.5 * torch.rand(n, generator=generator, dtype=torch.float64)).tolist()

@@ -8,6 +8,7 @@ evaluation see. Not for reading structures (`xrdfast.data.structures`) or for th
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -229,4 +230,4 @@ def _chunks(lattice: Tensor, simulation: SimulationConfig) -> list[tuple[int, in
     while cuts[-1] < len(total):
         done = total[cuts[-1] - 1] if cuts[-1] else 0.0
         cuts.append(max(cuts[-1] + 1, int(np.searchsorted(total, done + _CHUNK_REFLECTIONS, side="right"))))
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(itertools.pairwise(cuts))

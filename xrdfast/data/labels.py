@@ -1,7 +1,7 @@
 """Space-group numbers and operations of structures, found by spglib in parallel processes.
 
-Works on numpy arrays and imports neither torch nor the rest of the package, so that a worker starts in a moment. Not
-for tables of space groups (`xrdfast.symmetry`).
+Works on numpy arrays and imports neither torch nor the rest of the package, so that a worker starts in a moment.
+Not for tables of space groups (`xrdfast.symmetry`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Symmetry(NamedTuple):
 
 
 def merge_sites(cell: Cell) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Places and their kinds: rows at one place are one site, of a kind given by its elements and occupancies.
+    """Places and their kinds: rows at one place are one site, its kind their elements and occupancies.
 
     Args:
         cell: rows may repeat a place (mixed occupancy).
@@ -51,8 +51,9 @@ def merge_sites(cell: Cell) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     content: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     first: dict[tuple[int, ...], int] = {}
     occupancy = np.round(cell.occupancy * 1000.0).astype(np.int64)
-    for row, (key, z, share) in enumerate(zip(map(tuple, keys.tolist()), cell.atomic_number, occupancy, strict=True)):
-        content.setdefault(key, []).append((int(z), int(share)))
+    rows = zip(map(tuple, keys.tolist()), cell.atomic_number.tolist(), occupancy.tolist(), strict=True)
+    for row, (key, z, share) in enumerate(rows):
+        content.setdefault(key, []).append((z, share))
         first.setdefault(key, row)
     kinds: dict[tuple[tuple[int, int], ...], int] = {}
     kind = [kinds.setdefault(tuple(sorted(parts)), len(kinds) + 1) for parts in content.values()]
@@ -84,8 +85,12 @@ def find_symmetry(cell: Cell, symprec: Sequence[float]) -> Symmetry:
         numbers.append(int(dataset.number) if dataset is not None else 0)
     if dataset is None:
         return Symmetry(tuple(numbers), np.zeros((0, 3, 3), np.int8), np.full((3, 3), np.nan))
-    rotations = np.unique(np.asarray(dataset.rotations, dtype=np.int8).reshape(-1, 9), axis=0).reshape(-1, 3, 3)
-    return Symmetry(tuple(numbers), rotations, np.asarray(dataset.transformation_matrix, dtype=np.float64))
+    rotations = np.unique(np.asarray(dataset.rotations, dtype=np.int8).reshape(-1, 9), axis=0)
+    return Symmetry(
+        tuple(numbers),
+        rotations.reshape(-1, 3, 3),
+        np.asarray(dataset.transformation_matrix, dtype=np.float64),
+    )
 
 
 def find_symmetries(

@@ -6,9 +6,9 @@ Readers of CIF text are in `xrdfast.data.cif`; simulation is in `xrdfast.ops.sim
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -22,6 +22,7 @@ from torch import Tensor
 from xrdfast.data.files import load_checked, save_checked
 from xrdfast.data.labels import Cell, find_symmetries
 from xrdfast.errors import InputError
+from xrdfast.scattering import N_ELEMENTS, element_symbols
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -31,7 +32,6 @@ FORMAT = "xrdfast structures"
 MAX_ATOMIC_NUMBER = 98  # Cf: the last element of both form-factor tables
 _MIN_VOLUME = 1.0  # Angstrom^3; no atom fits into less
 _MAX_OCCUPANCY = 1.1  # refinements overshoot: up to 1.08 in the mineral database
-_MAX_UNPACKED = 8 << 30  # bytes of an .npz after unpacking
 
 _PER_STRUCTURE = {
     "lattice": ((3, 3), torch.float64),
@@ -85,7 +85,8 @@ class PackedStructures:
         return len(self.lattice)
 
     def __getitem__(self, index: int | slice | Sequence[int] | np.ndarray | Tensor) -> PackedStructures:
-        if isinstance(index, int):
+        if isinstance(index, int | np.integer):
+            index = int(index)
             if not -len(self) <= index < len(self):
                 raise IndexError(f"structure index must be in 0..{len(self) - 1}, got {index}")
             index %= len(self)
@@ -95,10 +96,17 @@ class PackedStructures:
             if step == 1:
                 return self._window(begin, max(begin, end))
             index = range(begin, end, step)
-        rows = torch.as_tensor(np.asarray(index, dtype=np.int64) if not isinstance(index, Tensor) else index)
-        if rows.dtype == torch.bool:
+        rows = torch.as_tensor(index if len(index) else np.zeros(0, dtype=np.int64))
+        if rows.dtype == torch.bool and rows.shape == (len(self),):
             rows = rows.nonzero()[:, 0]
-        rows = torch.where(rows < 0, rows + len(self), rows)
+        if rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
+            got = f"{tuple(rows.shape)} {rows.dtype}"
+            raise IndexError(f"structure indices must be 1-D integers, or as many truth values, got {got}")
+        rows = torch.where(rows < 0, rows.long() + len(self), rows.long())
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
+            raise IndexError(
+                f"structure indices must be in 0..{len(self) - 1}, got {int(rows.max())} among them"
+            )
         atoms, offset = _ragged_rows(self.offset, rows)
         operators, rotation_offset = _ragged_rows(self.rotation_offset, rows)
         chosen = rows.tolist()
@@ -112,7 +120,7 @@ class PackedStructures:
         )
 
     def _window(self, begin: int, end: int) -> PackedStructures:
-        """Structures begin..end as views; on the path of every single-structure call, so without any check."""
+        """Structures begin..end as views; on the path of every single-structure call, so unchecked."""
         first, last = int(self.offset[begin]), int(self.offset[end])
         first_rotation, last_rotation = int(self.rotation_offset[begin]), int(self.rotation_offset[end])
         window = object.__new__(PackedStructures)
@@ -170,7 +178,10 @@ class PackedStructures:
                 self._rows_of(structure, ~((self.occupancy >= 0) & (self.occupancy <= _MAX_OCCUPANCY))),
                 f"occupancy: must be in 0..{_MAX_OCCUPANCY}",
             ),
-            (self._rows_of(structure, ~(self.b_iso.abs() < 1000.0)), "b_iso: must be finite, below 1000 Angstrom^2"),
+            (
+                self._rows_of(structure, ~(self.b_iso.abs() < 1000.0)),
+                "b_iso: must be finite, below 1000 Angstrom^2",
+            ),
             (bounds.diff() == 0, "atoms: must be at least one"),
             (lattice_bad, f"lattice: must be finite with a volume of at least {_MIN_VOLUME} Angstrom^3"),
         ]
@@ -207,7 +218,7 @@ class PackedStructures:
             structures = PackedStructures(**fields)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: fields: must be those of PackedStructures, got {error}") from error
-        _check_packed(path, structures)
+        check_packed(path, structures)
         return structures
 
 
@@ -216,29 +227,37 @@ def load_structures(
 ) -> tuple[PackedStructures, list[Rejected]]:
     """Structures of files and folders: .cif, packed .npz and packed .safetensors.
 
-    Folders are searched recursively, in sorted order, without following links to folders.
+    Folders are searched for .cif and .npz, recursively, in sorted order, without following links to folders.
 
     Args:
         paths: one path or several.
         progress: called with (files done, files in all).
 
     Returns:
-        The structures, and those left out with the reason; one bad structure never stops the rest.
+        The structures, and those left out with the reason; one bad structure or CIF never stops the rest.
 
     Raises:
         InputError: for a path that does not exist, a packed file that is damaged, or no structure at all.
     """
+    from xrdfast.data.cif import read_cif
+    from xrdfast.data.packed_npz import read_npz
+
     files = list(_structure_files([paths] if isinstance(paths, str | Path) else paths))
+    if not files:
+        raise InputError("structures: paths: must be at least one, got none")
     parts, rejected = [], []
     for done, file in enumerate(files, 1):
-        if file.suffix == ".npz":
-            part, refused = _read_npz(file), []
-        elif file.suffix == ".safetensors":
-            part, refused = PackedStructures.load(file), []
+        refused: list[Rejected] = []
+        if file.suffix.lower() == ".npz":
+            part = read_npz(file)
+        elif file.suffix.lower() == ".safetensors":
+            part = PackedStructures.load(file)
         else:
-            from xrdfast.data.cif import read_cif
-
-            part, refused = read_cif(file)
+            try:
+                part, refused = read_cif(file)
+            except InputError as error:
+                part = from_arrays([], [], [])
+                refused = [Rejected(file.name, str(error).removeprefix(f"{file}: "))]
         faults = part.faults()
         rejected += [*refused, *(Rejected(part.ids[row], reason) for row, reason in sorted(faults.items()))]
         if faults:
@@ -269,11 +288,21 @@ def from_arrays(
         ids: names.
         family: keys of relatives; None for none.
         space_group_published: stated numbers; None for none.
+
+    Raises:
+        ValueError: for an atomic number outside 0..255.
     """
     n = len(lattices)
     counts = [len(a[0]) for a in atoms]
-    columns = [np.concatenate([np.asarray(a[i], dtype=np.float64) for a in atoms]) if n else [] for i in (0, 2, 3)]
-    fractional = np.concatenate([np.asarray(a[1], dtype=np.float64).reshape(-1, 3) for a in atoms] or [np.zeros((0, 3))])
+    columns = [
+        np.concatenate([np.zeros(0), *(np.asarray(a[i], np.float64) for a in atoms)]) for i in (0, 2, 3)
+    ]
+    places = [np.asarray(a[1], dtype=np.float64).reshape(-1, 3) for a in atoms]
+    fractional = np.concatenate([np.zeros((0, 3)), *places])
+    if not ((columns[0] >= 0) & (columns[0] <= 255)).all():
+        raise ValueError(
+            f"from_arrays: atomic numbers must be in 0..255, got {columns[0].max():g} among them"
+        )
     return PackedStructures(
         offset=torch.tensor(np.concatenate([[0], np.cumsum(counts)]), dtype=torch.int64),
         lattice=torch.tensor(np.array(lattices, dtype=np.float64).reshape(n, 3, 3)),
@@ -306,7 +335,7 @@ def from_pymatgen(structures: Sequence[Structure], ids: Sequence[str] | None = N
         for site in structure:
             for species, share in site.species.items():
                 number = getattr(species, "Z", None)
-                if not isinstance(number, int) or number < 1:
+                if not isinstance(number, int) or not 1 <= number < N_ELEMENTS:
                     raise ValueError(f"from_pymatgen: species must be an element, got {species}")
                 rows.append((number, site.frac_coords, share))
         z, fractional, occupancy = zip(*rows, strict=True) if rows else ((), (), ())
@@ -321,9 +350,9 @@ def to_pymatgen(structure: PackedStructures) -> Structure:
 
     one = structure._window(0, 1)
     content: dict[tuple[float, ...], dict[str, float]] = {}
-    rows = zip(one.atomic_number.tolist(), map(tuple, one.fractional.tolist()), one.occupancy.tolist(), strict=True)
+    rows = zip(one.atomic_number.tolist(), one.fractional.tolist(), one.occupancy.tolist(), strict=True)
     for number, place, share in rows:
-        site = content.setdefault(place, {})
+        site = content.setdefault(tuple(place), {})
         symbol = Element.from_Z(number).symbol
         site[symbol] = site.get(symbol, 0.0) + share
     return Structure(Lattice(one.lattice[0].numpy()), list(content.values()), list(content))
@@ -331,9 +360,7 @@ def to_pymatgen(structure: PackedStructures) -> Structure:
 
 def from_ase(atoms: Sequence[Atoms], ids: Sequence[str] | None = None) -> PackedStructures:
     """Packs ASE Atoms with full occupancy."""
-    parts = [
-        (a.get_atomic_numbers(), a.get_scaled_positions(wrap=True), np.ones(len(a)), np.zeros(len(a))) for a in atoms
-    ]
+    parts = [(a.numbers, a.get_scaled_positions(wrap=True), np.ones(len(a)), np.zeros(len(a))) for a in atoms]
     names = list(ids) if ids is not None else [f"structure-{i}" for i in range(len(parts))]
     return from_arrays([np.asarray(a.cell) for a in atoms], parts, names)
 
@@ -356,14 +383,14 @@ def analyse_symmetry(
         progress: called with (structures done, N).
 
     Returns:
-        The structures with these fields set; where spglib finds nothing, labels stay 0 and there are no rotations.
+        The structures with these fields set; where spglib finds nothing, labels stay 0, without rotations.
     """
     bounds = structures.offset.tolist()
     lattice, fractional = structures.lattice.numpy(), structures.fractional.numpy()
     number, occupancy = structures.atomic_number.numpy().astype(np.int64), structures.occupancy.numpy()
     cells = [
         Cell(lattice[i], fractional[a:b], number[a:b], occupancy[a:b])
-        for i, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+        for i, (a, b) in enumerate(itertools.pairwise(bounds))
     ]
     given = bool((structures.space_group_001 > 0).all() and (structures.space_group_01 > 0).all())
     found = find_symmetries(cells, symprec[1:] if given else symprec, n_workers=n_workers, progress=progress)
@@ -372,17 +399,20 @@ def analyse_symmetry(
         for name, column in (("space_group_001", 0), ("space_group_01", 1)):
             fresh = torch.tensor([s.numbers[column] for s in found], dtype=torch.int16)
             labels[name] = torch.where(getattr(structures, name) > 0, getattr(structures, name), fresh)
-    counts = np.cumsum([0, *(len(s.rotations) for s in found)])
+    rotations = [s.rotations for s in found]
+    counts = np.cumsum([0, *map(len, rotations)])
     return dataclasses.replace(
         structures,
         rotation_offset=torch.tensor(counts, dtype=torch.int64),
-        rotations=torch.from_numpy(np.concatenate([np.zeros((0, 3, 3), np.int8), *(s.rotations for s in found)])),
+        rotations=torch.from_numpy(np.concatenate([np.zeros((0, 3, 3), np.int8), *rotations])),
         to_standard=torch.from_numpy(np.array([s.to_standard for s in found]).reshape(-1, 3, 3)),
         **labels,
     )
 
 
-def reduced_formula(atomic_number: Sequence[int] | np.ndarray, occupancy: Sequence[float] | np.ndarray) -> str:
+def reduced_formula(
+    atomic_number: Sequence[int] | np.ndarray, occupancy: Sequence[float] | np.ndarray
+) -> str:
     """Reduced formula, elements by atomic number, partial sites scaled to integers through per cent.
 
     Example:
@@ -391,14 +421,14 @@ def reduced_formula(atomic_number: Sequence[int] | np.ndarray, occupancy: Sequen
         >>> reduced_formula([11, 17], [1.0, 1.0])
         'Na1Cl1'
     """
-    from xrdfast.scattering import element_symbols
-
     percent: dict[int, int] = {}
     for z, share in zip(np.asarray(atomic_number).tolist(), np.asarray(occupancy).tolist(), strict=True):
         percent[int(z)] = percent.get(int(z), 0) + round(share * 100)
     divisor = reduce(math.gcd, percent.values(), 0) or 1
     symbols = element_symbols()
-    parts = ((symbols[z], amount // divisor) for z, amount in sorted(percent.items()))
+    parts = (
+        (symbols[z] if z < N_ELEMENTS else "X", amount // divisor) for z, amount in sorted(percent.items())
+    )
     return "".join(f"{symbol}{amount}" for symbol, amount in parts)
 
 
@@ -425,101 +455,46 @@ def _structure_files(paths: Iterable[str | Path]) -> Iterator[Path]:
         elif not path.exists():
             raise InputError(f"{path}: file: must exist, got none")
         elif path.suffix.lower() not in (".cif", ".npz", ".safetensors"):
-            raise InputError(f"{path}: type: must be .cif, .npz or .safetensors, got {path.suffix or 'no suffix'!r}")
+            got = path.suffix or "no suffix"
+            raise InputError(f"{path}: type: must be .cif, .npz or .safetensors, got {got}")
         else:
             yield path
 
 
-# Arrays of the packed .npz layout: name there -> (field, shape after the rows, rows counted by).
-_NPZ = {
-    "offset": ((), "i"),
-    "lattice": ((3, 3), "f"),
-    "z": ((), "iu"),
-    "frac": ((3,), "f"),
-    "occ_pct": ((), "iu"),
-    "id": ((), "SU"),
-}
+def check_packed(path: Path, structures: PackedStructures) -> None:
+    """Checks what every later step relies on; values that concern one structure only are `faults`.
 
+    Args:
+        path: of the file they came from, for the message.
+        structures: fields of any shape and type.
 
-def _read_npz(path: Path) -> PackedStructures:
-    """Packed structures as arrays offset, lattice, z, frac, occ_pct, id; optional formula, fold and sg_ labels."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-        if size > _MAX_UNPACKED:
-            raise InputError(f"{path}: size: must be at most {_MAX_UNPACKED} bytes unpacked, got {size}")
-        with np.load(path, allow_pickle=False) as archive:
-            wanted = (*_NPZ, "formula", "fold", "sg_published", "sg_001", "sg_01")
-            arrays = {name: archive[name] for name in wanted if name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: file: must be a whole .npz without pickled arrays, got {error}") from error
-    for name, (tail, kinds) in _NPZ.items():
-        if name not in arrays:
-            raise InputError(f"{path}: {name}: must be present, got {', '.join(sorted(arrays)) or 'nothing'}")
-        if arrays[name].shape[1:] != tail or arrays[name].ndim != 1 + len(tail) or arrays[name].dtype.kind not in kinds:
-            raise InputError(f"{path}: {name}: must be (rows, {tail}), got {arrays[name].shape} {arrays[name].dtype}")
-    n = len(arrays["lattice"])
-
-    def strings(name: str) -> list[str]:
-        values = arrays[name]
-        return [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values.tolist()]
-
-    def per_structure(name: str, default: int, dtype: torch.dtype) -> Tensor:
-        values = arrays.get(name)
-        return torch.full((n,), default, dtype=dtype) if values is None else torch.tensor(values.astype(np.int16)).to(dtype)
-
-    number, occupancy = arrays["z"].astype(np.uint8), arrays["occ_pct"] / 100.0
-    bounds = arrays["offset"].astype(np.int64)
-    formula = strings("formula") if "formula" in arrays else None
-    structures = PackedStructures(
-        offset=torch.from_numpy(bounds),
-        lattice=torch.from_numpy(arrays["lattice"].astype(np.float64)),
-        atomic_number=torch.from_numpy(number),
-        fractional=torch.from_numpy(arrays["frac"].astype(np.float64)),
-        occupancy=torch.from_numpy(occupancy),
-        b_iso=torch.zeros(len(number), dtype=torch.float64),
-        ids=strings("id"),
-        formula=formula or [""] * n,
-        family=[""] * n,
-        fold=per_structure("fold", -1, torch.int8),
-        space_group_published=per_structure("sg_published", 0, torch.int16),
-        space_group_001=per_structure("sg_001", 0, torch.int16),
-        space_group_01=per_structure("sg_01", 0, torch.int16),
-        rotation_offset=torch.zeros(n + 1, dtype=torch.int64),
-        rotations=torch.zeros((0, 3, 3), dtype=torch.int8),
-        to_standard=torch.full((n, 3, 3), math.nan, dtype=torch.float64),
-    )
-    _check_packed(path, structures)
-    if formula is None:
-        pairs = zip(bounds[:-1], bounds[1:], strict=True)
-        formula = [reduced_formula(number[a:b], occupancy[a:b]) for a, b in pairs]
-        structures = dataclasses.replace(structures, formula=formula)
-    return structures
-
-
-def _check_packed(path: Path, structures: PackedStructures) -> None:
-    """What every later step relies on; values that concern one structure only are `faults`."""
+    Raises:
+        InputError: for a shape, a type, offsets or labels that cannot be.
+    """
+    for name in ("lattice", "atomic_number", "rotations", "offset", "rotation_offset"):
+        if getattr(structures, name).ndim == 0:
+            raise InputError(f"{path}: {name}: must be an array, got a single number")
     n, n_atoms = len(structures), len(structures.atomic_number)
     for rows, table in ((n, _PER_STRUCTURE), (n_atoms, _PER_ATOM)):
         for name, (tail, dtype) in table.items():
             tensor = getattr(structures, name)
             if tuple(tensor.shape) != (rows, *tail) or tensor.dtype != dtype:
-                raise InputError(
-                    f"{path}: {name}: must be {(rows, *tail)} {dtype}, got {tuple(tensor.shape)} {tensor.dtype}"
-                )
+                got = f"{tuple(tensor.shape)} {tensor.dtype}"
+                raise InputError(f"{path}: {name}: must be {(rows, *tail)} {dtype}, got {got}")
     for name, end in (("offset", n_atoms), ("rotation_offset", len(structures.rotations))):
         offset = getattr(structures, name)
         rising = offset.shape == (n + 1,) and offset.dtype == torch.int64 and int(offset[0]) == 0
         if not rising or int(offset[-1]) != end or bool((offset.diff() < 0).any()):
-            raise InputError(f"{path}: {name}: must rise from 0 to {end} in {n + 1} steps, got {offset[:3].tolist()} ...")
+            got = f"{tuple(offset.shape)} beginning {offset.reshape(-1)[:3].tolist()}"
+            raise InputError(f"{path}: {name}: must rise from 0 to {end} in {n} steps, got {got}")
     if structures.rotations.shape[1:] != (3, 3) or structures.rotations.dtype != torch.int8:
-        raise InputError(f"{path}: rotations: must be (rows, 3, 3) int8, got {tuple(structures.rotations.shape)}")
+        got = f"{tuple(structures.rotations.shape)} {structures.rotations.dtype}"
+        raise InputError(f"{path}: rotations: must be (rows, 3, 3) int8, got {got}")
     for name in _STRINGS:
         if len(getattr(structures, name)) != n:
             raise InputError(f"{path}: {name}: must be {n} texts, got {len(getattr(structures, name))}")
     for name in ("space_group_published", "space_group_001", "space_group_01"):
         labels = getattr(structures, name)
         if n and not 0 <= int(labels.min()) <= int(labels.max()) <= 230:
-            raise InputError(f"{path}: {name}: must be in 0..230, got {int(labels.min())}..{int(labels.max())}")
+            got = f"{int(labels.min())}..{int(labels.max())}"
+            raise InputError(f"{path}: {name}: must be in 0..230, got {got}")

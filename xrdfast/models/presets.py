@@ -12,7 +12,9 @@ from torch import nn
 
 from xrdfast.models.encoder import XRDecouplerEncoder
 from xrdfast.models.plain_cnn import PlainCnnEncoder
+from xrdfast.models.small import SmallEncoder
 from xrdfast.models.xrdecoupler import SymmetryModel
+from xrdfast.symmetry import TASKS
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,12 @@ PRESETS: dict[str, ModelConfig] = {
                 "point_group": (32,),
             },
             summary="the published XRDecoupler, 30.25 M parameters, 1.93 GFLOP a pattern",
+        ),
+        ModelConfig(
+            name="small",
+            encoder=SmallEncoder,
+            head_widths=dict.fromkeys(TASKS, ()),
+            summary="own hierarchical encoder on a log d axis, 1.0 M parameters, 0.06 GFLOP a pattern",
         ),
         ModelConfig(
             name="plain_cnn",

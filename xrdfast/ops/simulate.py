@@ -252,8 +252,9 @@ def _structure_reflections(
     hkl, g2 = hkl[inside], g2[inside]
     if len(g2) == 0:
         return 1, *nothing
-    coefficients = form_factor[atomic_number.long()]  # (n_atoms, 11)
-    if bool(torch.isnan(coefficients[:, 10]).any()):
+    known = atomic_number.long().clamp(max=len(form_factor) - 1)
+    coefficients = form_factor[known]  # (n_atoms, 11)
+    if bool(((atomic_number.long() != known) | torch.isnan(coefficients[:, 10])).any()):
         return 2, *nothing
     s2 = 0.25 * g2
     gaussians = (coefficients[:, None, :5] * torch.exp(-coefficients[:, None, 5:10] * s2[:, None])).sum(2)

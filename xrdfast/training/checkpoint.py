@@ -137,7 +137,8 @@ def _read(path: Path, format_name: str, *, tensors: bool = True) -> tuple[dict[s
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             # Copies: views of the map would change under us if the file were rewritten in place.
-            content = {name: file.get_tensor(name).clone() for name in file.keys()} if tensors else {}  # noqa: SIM118
+            names = file.keys() if tensors else ()
+            content = {name: file.get_tensor(name).clone() for name in names}
     except OSError as error:
         raise InputError(f"{path}: file: must be readable, got {error.strerror or error}") from error
     except SafetensorError as error:

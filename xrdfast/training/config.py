@@ -221,7 +221,9 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
     try:
         return config_from_dict(tables)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error if path is not None else error
+        if path is None:
+            raise
+        raise InputError(f"{path}: {error}") from error
 
 
 def config_from_dict(tables: dict[str, Any]) -> RunConfig:

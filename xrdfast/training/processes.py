@@ -21,7 +21,7 @@ from xrdfast.errors import InputError
 
 
 class Processes:
-    """This process among its peers; joins them where torchrun's variables are set.
+    """One process among its peers; joins them where torchrun's variables are set.
 
     Args:
         device: where gradients live; decides between gloo and NCCL.
@@ -63,7 +63,7 @@ class Processes:
         return seconds, stops > 0
 
     def share_of(self, indices: Tensor) -> Tensor:
-        """This process's part of (n,) indices; parts are of one size, the last padded with its end."""
+        """The part of (n,) indices that falls to this process; the last part is padded."""
         size = -(-len(indices) // self.count)
         padded = torch.cat([indices, indices[-1:].expand(size * self.count - len(indices))])
         return padded[self.rank * size : (self.rank + 1) * size]

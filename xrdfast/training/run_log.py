@@ -72,13 +72,13 @@ class StepWindow:
 
     def __init__(self, tasks: tuple[str, ...], device: torch.device) -> None:
         self._tasks = tasks
-        self._sums = torch.zeros(
-            2 * len(tasks) + 1, dtype=torch.float64, device=device
-        )  # losses, weights, finite steps
+        # Losses, weights, and the number of finite steps.
+        self._sums = torch.zeros(2 * len(tasks) + 1, dtype=torch.float64, device=device)
         self._steps = 0
         self._since = time.monotonic()
 
     def add(self, losses: Tensor, weights: Tensor, finite: Tensor) -> None:
+        """One step; what is not finite counts as skipped."""
         row = torch.cat([losses.double(), weights.double(), torch.ones_like(losses[:1], dtype=torch.float64)])
         self._sums += torch.where(finite, row, 0.0)
         self._steps += 1
@@ -88,6 +88,7 @@ class StepWindow:
         self._since += seconds
 
     def take(self, batch_size: int) -> dict[str, Any]:
+        """Means by task and the speed since the last call, and begins anew."""
         *sums, n_finite = self._sums.tolist()
         seconds = time.monotonic() - self._since
         means = [value / max(n_finite, 1.0) for value in sums]

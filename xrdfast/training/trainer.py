@@ -52,7 +52,9 @@ class RunResult(NamedTuple):
 
     status: str  # "finished", "stopped_early" (patience) or "interrupted" (by a signal; resumable)
     step: int
-    metrics: dict[str, Any]  # of the best model on the validation folds, {} before the first validation
+    # Of the best model on the validation folds: "step", "top1" and "loss" by task, and, unless interrupted,
+    # everything of `xrdfast.evaluation.evaluate_predictions`; {} before the first validation.
+    metrics: dict[str, Any]
 
 
 class Trainer:
@@ -152,10 +154,9 @@ class Trainer:
                 processes=self._processes.count,
             )
             status = self._loop()
-            if status != "interrupted":
-                self._finish_model()
-            self._write("end", status=status, metrics=self.best)
-        return RunResult(status, self.step, self.best)
+            metrics = self.best if status == "interrupted" else self._finish_model()
+            self._write("end", status=status, metrics=metrics)
+        return RunResult(status, self.step, metrics)
 
     def _loop(self) -> str:
         train = self.config.train
@@ -220,7 +221,7 @@ class Trainer:
         self.worse_validations = 0 if better else self.worse_validations + 1
         if better:
             self.best = metrics
-            self._save_model()
+            self._save_model(metrics, {})
         self._write("validation", best=better, metrics=metrics)
 
     def _measure(self, logits: dict[str, Tensor]) -> dict[str, Any]:
@@ -233,18 +234,17 @@ class Trainer:
             loss[task] = float(F.cross_entropy(rows, labels))
         return {"step": self.step, "top1": top1, "loss": loss}
 
-    def _finish_model(self) -> None:
-        """Takes the best model up again and writes it with calibration and all metrics."""
+    def _finish_model(self) -> dict[str, Any]:
+        """Takes the best model up again and writes it with calibration and all metrics, which it returns."""
         self._processes.wait()  # until the first process has written it
         path = self.out_dir / checkpoint.MODEL_FILE
         self.averaged.load_state_dict(checkpoint.load_model(path, self.device).state_dict())
         logits = self._averaged_logits()
         number = self.store.space_group_01[self.validation].long()
-        if self._processes.rank == 0:
-            calibration = fit_calibration(logits, number).to_dict()
-            metrics = evaluate_predictions(logits, number)
-            self._save_model(calibration, metrics)
-            self._write("evaluation", metrics=metrics)
+        calibration = fit_calibration(logits, number).to_dict()
+        metrics = self.best | evaluate_predictions(logits, number)
+        self._save_model(metrics, calibration)
+        return metrics
 
     def _validation_logits(self) -> dict[str, Tensor]:
         """Logits of the validation patterns with today's averaged weights, as `_averaged_logits`."""
@@ -423,9 +423,7 @@ class Trainer:
             "crc32": zlib.crc32(names.encode()),
         }
 
-    def _save_model(
-        self, calibration: dict[str, Any] | None = None, metrics: dict[str, Any] | None = None
-    ) -> None:
+    def _save_model(self, metrics: dict[str, Any], calibration: dict[str, Any]) -> None:
         if self._processes.rank:
             return
         card = checkpoint.ModelCard(
@@ -433,8 +431,8 @@ class Trainer:
             wavelength=self.store.simulation.wavelength,
             grid=dataclasses.asdict(self.source.grid),
             config=self.config.to_dict(),
-            calibration=calibration or {},
-            metrics=self.best | (metrics or {}),
+            calibration=calibration,
+            metrics=metrics,
         )
         checkpoint.save_model(self.out_dir / checkpoint.MODEL_FILE, self.averaged, card)
 
