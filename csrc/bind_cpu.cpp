@@ -39,10 +39,16 @@ StructureBatch structures(uintptr_t atom_offset, uintptr_t lattice, uintptr_t at
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "xrdfast native kernels for CPUs; call them through xrdfast.ops";
+    m.def("offsets_rise", [](uintptr_t offset, int64_t n, int64_t end) {
+        const int64_t* value = at<const int64_t>(offset);
+        bool rising = value[0] == 0 && value[n - 1] == end;
+        for (int64_t i = 1; i < n; ++i) rising &= value[i] >= value[i - 1];
+        return rising;
+    });
     m.def(
-        "count_reflections",
-        [](uintptr_t lattice, int64_t n_structures, double g_max, uintptr_t count) {
-            count_reflections_cpu(at<const double>(lattice), n_structures, g_max, at<int64_t>(count));
+        "reflection_capacity",
+        [](uintptr_t lattice, int64_t n_structures, double g_max, uintptr_t capacity_offset) {
+            return reflection_capacity_cpu(at<const double>(lattice), n_structures, g_max, at<int64_t>(capacity_offset));
         },
         py::call_guard<py::gil_scoped_release>());
     m.def(
@@ -52,7 +58,7 @@ PYBIND11_MODULE(_cpu, m) {
            int64_t n_elements, bool mott_bethe, double wavelength, double g_min, double g_max,
            uintptr_t capacity_offset, uintptr_t offset, uintptr_t two_theta, uintptr_t intensity, uintptr_t d_spacing,
            uintptr_t hkl, uintptr_t status, int n_threads) {
-            simulate_lines_cpu(structures(atom_offset, lattice, atomic_number, fractional, occupancy, b_iso,
+            return simulate_lines_cpu(structures(atom_offset, lattice, atomic_number, fractional, occupancy, b_iso,
                                           form_factor, dispersion, n_structures, n_elements, mott_bethe, wavelength,
                                           g_min, g_max),
                                {at<const int64_t>(capacity_offset), at<int64_t>(offset), at<double>(two_theta),
@@ -68,7 +74,7 @@ PYBIND11_MODULE(_cpu, m) {
            uintptr_t capacity_offset, uintptr_t rotation_offset, uintptr_t rotations, double relative_cutoff,
            uintptr_t offset, uintptr_t hkl, uintptr_t multiplicity, uintptr_t f_squared, uintptr_t status,
            int n_threads) {
-            simulate_families_cpu(
+            return simulate_families_cpu(
                 structures(atom_offset, lattice, atomic_number, fractional, occupancy, b_iso, form_factor, dispersion,
                            n_structures, n_elements, mott_bethe, wavelength, g_min, g_max),
                 {at<const int64_t>(capacity_offset), at<const int64_t>(rotation_offset), at<const int8_t>(rotations),

@@ -564,7 +564,7 @@ int64_t group_families(Workspace& ws, const int8_t* rotations, int64_t n_rotatio
 // Runs `finish(ws, structure, first free row)` for every structure in parallel, each into its own room, then closes
 // the gaps with `move(from, to, rows)`.
 template <typename Finish, typename Move>
-void simulate_all(const StructureBatch& batch, const int64_t* capacity_offset, int64_t* offset, int32_t* status,
+int64_t simulate_all(const StructureBatch& batch, const int64_t* capacity_offset, int64_t* offset, int32_t* status,
                   int n_threads, Finish finish, Move move) {
     const Simulator simulator(batch);
     const int64_t n = batch.n_structures;
@@ -589,6 +589,7 @@ void simulate_all(const StructureBatch& batch, const int64_t* capacity_offset, i
         at += rows;
         offset[i + 1] = at;
     }
+    return at;
 }
 
 template <typename T>
@@ -598,19 +599,19 @@ void move_rows(T* base, int64_t from, int64_t to, int64_t rows, int64_t width = 
 
 }  // namespace
 
-void count_reflections_cpu(const double* lattice, int64_t n_structures, double g_max, int64_t* count) {
+int64_t reflection_capacity_cpu(const double* lattice, int64_t n_structures, double g_max, int64_t* capacity_offset) {
+    int64_t total = capacity_offset[0] = 0;
     for (int64_t i = 0; i < n_structures; ++i) {
         const ReciprocalCell cell = reciprocal_cell(lattice + 9 * i);
-        count[i] = 0;
-        if (cell_status(cell, g_max) != kSimulated) continue;
-        int64_t n = 0;
-        for_each_row(cell, g_max + kShellTolerance, [&](int, int, int first, int last) { n += last - first + 1; });
-        count[i] = n;
+        if (cell_status(cell, g_max) == kSimulated)
+            for_each_row(cell, g_max + kShellTolerance, [&](int, int, int first, int last) { total += last - first + 1; });
+        capacity_offset[i + 1] = total;
     }
+    return total;
 }
 
-void simulate_lines_cpu(const StructureBatch& batch, const LinesOutput& out, int n_threads) {
-    simulate_all(
+int64_t simulate_lines_cpu(const StructureBatch& batch, const LinesOutput& out, int n_threads) {
+    return simulate_all(
         batch, out.capacity_offset, out.offset, out.status, n_threads,
         [&](Workspace& ws, int64_t, int64_t at) { return merge_lines(ws, at, out); },
         [&](int64_t from, int64_t to, int64_t rows) {
@@ -621,8 +622,8 @@ void simulate_lines_cpu(const StructureBatch& batch, const LinesOutput& out, int
         });
 }
 
-void simulate_families_cpu(const StructureBatch& batch, const FamiliesOutput& out, int n_threads) {
-    simulate_all(
+int64_t simulate_families_cpu(const StructureBatch& batch, const FamiliesOutput& out, int n_threads) {
+    return simulate_all(
         batch, out.capacity_offset, out.offset, out.status, n_threads,
         [&](Workspace& ws, int64_t i, int64_t at) {
             const int64_t begin = out.rotation_offset[i];

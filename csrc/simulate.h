@@ -39,7 +39,7 @@ struct StructureBatch {
 };
 
 struct LinesOutput {
-    const int64_t* capacity_offset;  // (n_structures + 1), running sum of count_reflections_cpu: room for each structure
+    const int64_t* capacity_offset;  // (n_structures + 1), reflection_capacity_cpu, or a window on it: room for each structure
     int64_t* offset;                 // (n_structures + 1), written: lines are packed without gaps from row 0
     double* two_theta;               // degrees
     double* intensity;               // strongest line of a structure = 100
@@ -60,11 +60,12 @@ struct FamiliesOutput {
     int32_t* status;                 // (n_structures)
 };
 
-// Upper bound of the number of Friedel-unique reflections of each structure; 0 where it will not be simulated.
-void count_reflections_cpu(const double* lattice, int64_t n_structures, double g_max, int64_t* count);
+// Running sum of an upper bound of the number of Friedel-unique reflections of each structure, from 0; a structure that
+// will not be simulated counts 0. Returns the last.
+int64_t reflection_capacity_cpu(const double* lattice, int64_t n_structures, double g_max, int64_t* capacity_offset);
 
-// Rows of the output buffers beyond offset[n_structures] are left undefined.
-void simulate_lines_cpu(const StructureBatch& batch, const LinesOutput& out, int n_threads);
-void simulate_families_cpu(const StructureBatch& batch, const FamiliesOutput& out, int n_threads);
+// Return the number of rows written; rows beyond it are left undefined.
+int64_t simulate_lines_cpu(const StructureBatch& batch, const LinesOutput& out, int n_threads);
+int64_t simulate_families_cpu(const StructureBatch& batch, const FamiliesOutput& out, int n_threads);
 
 }  // namespace xrdfast

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +18,15 @@ from xrdfast.symmetry import N_CLASSES, TASKS, class_index, class_names, members
 
 LEVELS = (*TASKS, "laue_class", "bravais_lattice", "extinction_group")
 SYSTEM_ONLY = Calibration({"crystal_system": 1.0}, {"crystal_system": 1.0})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Many small tensors: a pool of threads only waits for itself here."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)
 
 
 def random_logits(n_patterns: int, seed: int, scale: float = 3.0) -> dict[str, Tensor]:
@@ -123,11 +133,11 @@ def test_gradients_flow_through_the_posterior() -> None:
 def test_temperature_undoes_a_scale(factor: float) -> None:
     """Labels drawn from softmax(z); heads that say factor * z want T = factor."""
     generator = torch.Generator().manual_seed(5)
-    logits = 2.0 * torch.randn(20_000, 7, generator=generator)
+    logits = 2.0 * torch.randn(5000, 7, generator=generator)
     system = torch.multinomial(logits.softmax(1), 1, generator=generator).flatten()
     number = torch.tensor([members("crystal_system", i)[0] for i in range(7)])[system]
     fitted = fit_calibration({"crystal_system": factor * logits}, number)
-    assert fitted.temperatures["crystal_system"] == pytest.approx(factor, rel=0.05)
+    assert fitted.temperatures["crystal_system"] == pytest.approx(factor, rel=0.08)
 
 
 def test_temperature_is_the_best_of_a_fine_scan() -> None:
@@ -135,10 +145,10 @@ def test_temperature_is_the_best_of_a_fine_scan() -> None:
     fitted = fit_calibration(logits, number)
     for task in TASKS:
         target = torch.tensor(class_index(task))[number - 1]
-        inverse = torch.logspace(-1.3, 1.3, 1001, dtype=torch.float64)
+        inverse = torch.logspace(-1.3, 1.3, 401, dtype=torch.float64)
         loss = [nll_loss((x * logits[task]).log_softmax(1), target) + (x - 1.0) ** 2 / 400.0 for x in inverse]
         best = float(inverse[torch.stack(loss).argmin()])
-        assert 1.0 / fitted.temperatures[task] == pytest.approx(best, rel=0.01)
+        assert 1.0 / fitted.temperatures[task] == pytest.approx(best, rel=0.02)
 
 
 @pytest.mark.parametrize("tasks", [TASKS, TASKS[:1], TASKS[1:3]])

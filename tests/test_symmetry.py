@@ -1,4 +1,4 @@
-"""The tables of space groups against spglib and gemmi, for all 230; extinction groups derived again from scratch."""
+"""The tables of all 230 space groups against spglib and gemmi; extinction groups derived from scratch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def from_gemmi() -> list[gemmi.SpaceGroup]:
 def test_symbols_and_point_groups_are_those_of_spglib(from_spglib: list[spglib.SpaceGroupType]) -> None:
     assert list(symmetry.SYMBOLS) == [kind.international_short for kind in from_spglib]
     assert names("point_group") == [kind.pointgroup_international for kind in from_spglib]
-    # spglib numbers the 73 arithmetic classes by lattice and point group: one of ours never splits one of those
+    # the arithmetic classes refine lattices, so no lattice of ours may cut one of spglib's in two
     pairs = {
         (kind.arithmetic_crystal_class_number, lattice)
         for kind, lattice in zip(from_spglib, names("bravais_lattice"), strict=True)
@@ -186,7 +186,7 @@ def test_tables_cannot_be_changed_by_accident() -> None:
 @pytest.mark.parametrize("function", [class_index, class_names, lambda level: members(level, 0)])
 def test_unknown_levels_are_refused(function) -> None:
     with pytest.raises(
-        ValueError, match="level must be one of space_group, .*extinction_group, got 'colour'"
+        ValueError, match=r"level must be one of space_group, .*extinction_group, got 'colour'"
     ):
         function("colour")
 

@@ -1,10 +1,11 @@
-"""How atoms scatter X-rays: form factors and dispersion corrections, by atomic number. Not for structure factors.
+"""How atoms scatter X-rays: form factors and dispersion by atomic number. Not for structure factors.
 
 Two form-factor tables, neither a superset of the other:
 
-* "pymatgen": f = Z - 41.78214 s^2 sum_k a_k exp(-b_k s^2), a Mott-Bethe fit (De Graef & McHenry, Structure of
-  Materials, 2012), as pymatgen ships it (MIT licence); embedded, so that training needs neither pymatgen nor gemmi.
-* "international": f = c + sum_k a_k exp(-b_k s^2) (International Tables C, 1992, table 6.1.1.4), read from gemmi.
+* "pymatgen": f = Z - 41.78214 s^2 sum_k a_k exp(-b_k s^2), a Mott-Bethe fit (De Graef & McHenry, Structure
+  of Materials, 2012), as pymatgen ships it (MIT licence); embedded, so that training needs neither pymatgen
+  nor gemmi.
+* "international": f = c + sum_k a_k exp(-b_k s^2) (International Tables C, 1992, table 6.1.1.4), from gemmi.
 
 s = sin(theta) / lambda in 1/Angstrom.
 """
@@ -46,7 +47,7 @@ class FormFactors:
     mott_bethe: bool
 
     def evaluate(self, atomic_number: int, s: NDArray[np.float64]) -> NDArray[np.float64]:
-        """f in electrons at s = sin(theta) / lambda in 1/Angstrom.
+        """Electrons f at s = sin(theta) / lambda in 1/Angstrom.
 
         Raises:
             ValueError: for an element that the table lacks.
@@ -71,7 +72,8 @@ def form_factor_table(name: str) -> FormFactors:
         ImportError: for "international" without gemmi.
     """
     if name not in FORM_FACTOR_TABLES:
-        raise ValueError(f"form_factor_table: name must be one of {', '.join(FORM_FACTOR_TABLES)}, got {name!r}")
+        tables = ", ".join(FORM_FACTOR_TABLES)
+        raise ValueError(f"form_factor_table: name must be one of {tables}, got {name!r}")
     a, b = np.zeros((2, N_ELEMENTS, _GAUSSIANS))
     c = np.full(N_ELEMENTS, np.nan)
     if name == "pymatgen":

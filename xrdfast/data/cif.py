@@ -201,7 +201,7 @@ def _sites(block: Block, lattice: NDArray[np.float64]) -> _Sites:
         got = " ".join(column[row] or "?" for column in coordinates)[:100]
         raise InputError(f"{names[row]}: coordinates: must be finite, below 1000, got {got}")
     kinds = {key: _atomic_number(*key) for key in set(zip(types, labels, strict=True))}
-    occupancy = _numbers(_column(block, "_atom_site_occupancy") or ["."] * n, 1.0)
+    occupancy = _numbers(_column(block, "_atom_site_occupancy") or [""] * n, 1.0)
     for row in np.flatnonzero(~((occupancy >= 0.0) & (occupancy <= _FULL_OCCUPANCY)))[:1]:
         raise InputError(f"{names[row]}: occupancy: must be in 0..{_FULL_OCCUPANCY}, got {occupancy[row]:g}")
     return _Sites(
@@ -330,7 +330,8 @@ def _parse_operator(text: str) -> NDArray[np.float64]:
             operator[row] = np.nan
     exact = np.round(operator[:, 3] * 24.0) / 24.0
     operator[:, 3] = np.where(np.abs(operator[:, 3] - exact) < 1e-3, exact, operator[:, 3])
-    if len(rows) != 3 or not abs(abs(np.linalg.det(np.nan_to_num(operator[:, :3]))) - 1.0) < 1e-6:
+    determinant = np.linalg.det(operator[:, :3]) if np.isfinite(operator).all() else 0.0
+    if len(rows) != 3 or abs(abs(determinant) - 1.0) > 1e-6:
         raise InputError(f"symmetry operator: must be like '-x, y+1/2, z', got {text[:60]!r}")
     return operator
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, and safetensors with a checksum a tensor. Knows no format's meaning."""
+"""Files that are whole or absent: atomic writes, safetensors with checksums. Knows no format's meaning."""
 
 from __future__ import annotations
 

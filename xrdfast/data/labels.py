@@ -1,7 +1,7 @@
 """Space-group numbers and operations of structures, found by spglib in parallel processes.
 
-Works on numpy arrays and imports neither torch nor the rest of the package, so that a worker starts in a moment.
-Not for tables of space groups (`xrdfast.symmetry`).
+Works on numpy arrays and imports neither torch nor the rest of the package, so that a worker starts in a
+moment. Not for tables of space groups (`xrdfast.symmetry`).
 """
 
 from __future__ import annotations

@@ -27,9 +27,7 @@ _REQUIRED = {
     "id": ((), "SU"),
 }
 # Arrays that may be there.
-_OPTIONAL = {name: ((), "iu") for name in ("fold", "sg_published", "sg_001", "sg_01")} | {
-    "formula": ((), "SU")
-}
+_OPTIONAL = dict.fromkeys(("fold", "sg_published", "sg_001", "sg_01"), ((), "iu")) | {"formula": ((), "SU")}
 # Values that fit the packed types.
 _RANGES = {"z": (0, 255), "fold": (-1, 9), "sg_published": (0, 230), "sg_001": (0, 230), "sg_01": (0, 230)}
 
@@ -37,9 +35,9 @@ _RANGES = {"z": (0, 255), "fold": (-1, 9), "sg_published": (0, 230), "sg_001": (
 def read_npz(path: Path) -> PackedStructures:
     """Reads an archive of structures whose every atom is listed.
 
-    N structures of M atoms: `offset` (N + 1,), `lattice` (N, 3, 3) rows in Angstrom, `z` (M,) atomic numbers, `frac`
-    (M, 3), `occ_pct` (M,) per cent, `id` (N,) text; perhaps `formula`, `fold`, and the space groups `sg_published`,
-    `sg_001`, `sg_01` at tolerances of 0.01 and 0.1 Angstrom.
+    N structures of M atoms: `offset` (N + 1,), `lattice` (N, 3, 3) rows in Angstrom, `z` (M,) atomic numbers,
+    `frac` (M, 3), `occ_pct` (M,) per cent, `id` (N,) text; perhaps `formula`, `fold`, and the space groups
+    `sg_published`, `sg_001`, `sg_01` at tolerances of 0.01 and 0.1 Angstrom.
 
     Raises:
         InputError: for a file that cannot be read, or an array that is missing or not right.

@@ -156,6 +156,7 @@ def find_peaks(
     top, prominence = _maxima(net)
     strong = (prominence > threshold * noise[top]) & (net[top] > threshold * noise[top])
     strong &= prominence > _MIN_HEIGHT * net.max()
+    strong &= (top >= half) & (top < n - half)  # nearer to an end, the smoothing invents points
     top = top[strong]
     if len(top) == 0:
         return np.zeros(0), np.zeros(0)
@@ -168,7 +169,7 @@ def find_peaks(
     # interpolated, so that angles rounded by their file, or a reach cut at an end, cost nothing
     place = np.interp(top + offset * reach, np.arange(n), two_theta)
     order = np.argsort(place, kind="stable")
-    return place[order], (100.0 * height / height.max())[order]
+    return place[order], 100.0 * (height / height.max())[order]
 
 
 def _read_points(path: Path) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

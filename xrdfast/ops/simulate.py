@@ -442,8 +442,12 @@ def _checked(op: str, atom_offset: Tensor, lattice: Tensor, **atoms: Tensor) -> 
 
 def _offsets_checked(op: str, name: str, offset: Tensor, n_rows: int) -> None:
     """What memory safety needs: offsets that rise from 0 to the number of rows."""
-    rising = len(offset) > 0 and int(offset[0]) == 0 and int(offset[-1]) == n_rows
-    if not rising or (len(offset) > 2 and bool((offset[1:] < offset[:-1]).any())):
+    module = _native.cpu()
+    if module is not None:
+        rising = module.offsets_rise(offset.data_ptr(), offset.shape[0], n_rows)
+    else:
+        rising = int(offset[0]) == 0 and int(offset[-1]) == n_rows and not bool((offset.diff() < 0).any())
+    if not rising:
         raise ValueError(f"{op}: {name} must rise from 0 to {n_rows}, got {offset.tolist()[:5]} ...")
 
 
@@ -453,58 +457,54 @@ def _native_simulate(op: str, outputs: list[tuple[tuple[int, ...], torch.dtype]]
     offset, lattice, number, fractional, occupancy, b_iso, table, mott_bethe, dispersion, wavelength, g_min, g_max = (
         arguments
     )
-    held = [x.contiguous() for x in (lattice, number, fractional, occupancy, b_iso, table)]
-    lattice, number, fractional, occupancy, b_iso, table = held
+    atoms = (number, fractional, occupancy, b_iso, table)
+    held = [x if x.is_contiguous() else x.contiguous() for x in (offset, lattice, *atoms)]
+    pointers = [x.data_ptr() for x in held]
     dispersion = None if dispersion is None else dispersion.contiguous()
-    offset = offset.contiguous()
-    n_structures = len(lattice)
-    capacity = torch.zeros(n_structures + 1, dtype=torch.int64)
-    module.count_reflections(lattice.data_ptr(), n_structures, g_max, capacity[1:].data_ptr())
-    torch.cumsum(capacity, 0, out=capacity)
-    n_threads = torch.get_num_threads()
-    total = int(capacity[-1])
-    cuts = [0, n_structures]
+    n_structures = lattice.shape[0]
+    capacity = torch.empty(n_structures + 1, dtype=torch.int64)
+    total = module.reflection_capacity(pointers[1], n_structures, g_max, capacity.data_ptr())
+    cuts, room = [0, n_structures], total
     if total > _ROWS_A_CALL:
         cuts = [0]
         while cuts[-1] < n_structures:
             limit = int(capacity[cuts[-1]]) + _ROWS_A_CALL
             cuts.append(max(cuts[-1] + 1, int(torch.searchsorted(capacity, limit, right=True)) - 1))
-    room = max(int(capacity[end]) - int(capacity[begin]) for begin, end in zip(cuts[:-1], cuts[1:], strict=True))
+        room = int(capacity[cuts].diff().max())
     columns = [torch.empty((room, *shape), dtype=dtype) for shape, dtype in outputs]
     status = torch.empty(n_structures, dtype=torch.int32)
-    lines, pieces = torch.zeros(n_structures + 1, dtype=torch.int64), []
+    rows = torch.empty(n_structures + 1, dtype=torch.int64)
+    pieces, found, base = [], 0, 0
     for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
-        base = int(lines[begin])
-        getattr(module, op)(
-            # a piece is a window on the same arrays: its offsets count from the whole array's start
-            offset[begin:].data_ptr(),
-            lattice[begin:].data_ptr(),
-            number.data_ptr(),
-            fractional.data_ptr(),
-            occupancy.data_ptr(),
-            b_iso.data_ptr(),
-            table.data_ptr(),
+        # A piece is a window on the same arrays: its offsets count from the whole array's start.
+        found = getattr(module, op)(
+            pointers[0] + 8 * begin,
+            pointers[1] + 72 * begin,
+            *pointers[2:],
             0 if dispersion is None else dispersion.data_ptr(),
             end - begin,
-            len(table),
+            table.shape[0],
             mott_bethe,
             wavelength,
             g_min,
             g_max,
-            capacity[begin:].data_ptr(),
-            *(x[begin:].data_ptr() if x.dtype == torch.int64 else x.data_ptr() for x in extra if isinstance(x, Tensor)),
+            capacity.data_ptr() + 8 * begin,
+            *(x.data_ptr() + (8 * begin if x.dtype == torch.int64 else 0) for x in extra if isinstance(x, Tensor)),
             *(x for x in extra if not isinstance(x, Tensor)),
-            lines[begin:].data_ptr(),
+            rows.data_ptr() + 8 * begin,
             *(x.data_ptr() for x in columns),
-            status[begin:].data_ptr(),
-            n_threads,
+            status.data_ptr() + 4 * begin,
+            torch.get_num_threads(),
         )
-        if len(cuts) > 2:
-            pieces.append([x[: int(lines[end])].clone() for x in columns])
-            lines[begin : end + 1] += base
-    found = int(lines[-1])
-    columns = [torch.cat(x) for x in zip(*pieces, strict=True)] if pieces else [x[:found] for x in columns]
-    return lines, *columns, status
+        if total > _ROWS_A_CALL:
+            pieces.append([x[:found].clone() for x in columns])
+            rows[begin : end + 1] += base
+            base += found
+    if pieces:
+        columns = [torch.cat(x) for x in zip(*pieces, strict=True)]
+    elif found < room:
+        columns = [x[:found] for x in columns]
+    return rows, *columns, status
 
 
 def _lines_cpu(*arguments):

@@ -1,0 +1,523 @@
+"""One pattern in, a ranked symmetry answer out: lines, a scan, or a structure for a round trip.
+
+Not for many patterns at once with known answers (`xrdfast.evaluation`) and not for plots (`xrdfast.report`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from xrdfast.bragg import KA1_WAVELENGTH, Grid, convert_two_theta, radiations, wavelength_of
+from xrdfast.data.generate import PatternSource
+from xrdfast.data.scans import find_peaks, is_scan, read_two_column
+from xrdfast.data.store import PatternStore
+from xrdfast.data.structures import PackedStructures, analyse_symmetry, load_structures
+from xrdfast.errors import InputError
+from xrdfast.models import SymmetryModel
+from xrdfast.ops.preprocess import sticks_to_grid
+from xrdfast.ops.simulate import STATUS_REASONS, simulate_lines
+from xrdfast.posterior import Calibration, JointPosterior, joint_posterior
+from xrdfast.symmetry import SYMBOLS, class_index, class_names
+
+KINDS = ("auto", "sticks", "scan")
+STRUCTURE_SUFFIXES = (".cif", ".npz", ".safetensors")
+SUPERCLASSES = (
+    "crystal_system",
+    "bravais_lattice",
+    "lattice_centering",
+    "laue_class",
+    "point_group",
+    "extinction_group",
+)
+_BATCH = 128
+_SHOWN_GROUPS = 3  # of an extinction group
+# A stated wavelength this near the weighted mean of a K-alpha doublet means the doublet: 1.5418, 1.54184, 1.542.
+_SAME_WAVELENGTH = 2e-4
+# A K-alpha 2 satellite: degrees from its computed place, and its share of the K-alpha 1 height (0.5 in theory).
+_SATELLITE_REACH = 0.03
+_SATELLITE_SHARE = (0.3, 0.7)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One space group of an answer, with the classes that follow from it."""
+
+    space_group_number: int
+    symbol: str
+    probability: float
+    superclasses: dict[str, str]  # by level of SUPERCLASSES; an extinction group is named by its group numbers
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What was given to the model, on its axis, and what it came from."""
+
+    two_theta: NDArray[np.float64]  # (n_lines,) degrees
+    intensity: NDArray[np.float64]  # (n_lines,), the strongest line inside the model's range = 100
+    hkl: NDArray[np.int64] | None = None  # (n_lines, 3) in the standard setting, where a structure was given
+    scan: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None  # degrees on the model's axis, intensity
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A ranked answer for one pattern.
+
+    Attributes:
+        candidates: space groups, most probable first.
+        superclasses: for each level of SUPERCLASSES, (class name, probability) of its classes, most probable
+            first. They are sums over all 230 groups, so they agree with each other and with the candidates.
+        kind: "sticks", "scan" or "structure".
+        wavelength: Angstrom, that the angles were read with.
+        wavelength_source: how that is known: "stated", "assumed" or "simulated".
+        notes: what was done to the pattern, one sentence each.
+        pattern: what the model saw.
+        true_number: space group of the structure by spglib at 0.1 Angstrom, for a round trip; 0 where unknown.
+    """
+
+    candidates: tuple[Candidate, ...]
+    superclasses: dict[str, tuple[tuple[str, float], ...]]
+    kind: str
+    wavelength: float
+    wavelength_source: str
+    notes: tuple[str, ...]
+    pattern: Pattern
+    true_number: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer as plain dicts, lists and numbers for JSON, without the pattern."""
+        return {
+            "kind": self.kind,
+            "wavelength": self.wavelength,
+            "wavelength_source": self.wavelength_source,
+            "n_lines": len(self.pattern.two_theta),
+            "true_space_group_number": self.true_number or None,
+            "candidates": [vars(candidate) for candidate in self.candidates],
+            "superclasses": {
+                level: [{"name": name, "probability": share} for name, share in ranked]
+                for level, ranked in self.superclasses.items()
+            },
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class StructureLines:
+    """Diffraction lines of one structure as people read them: hkl in the standard setting."""
+
+    two_theta: NDArray[np.float64]  # (n_lines,) degrees
+    d_spacing: NDArray[np.float64]  # (n_lines,) Angstrom
+    intensity: NDArray[np.float64]  # (n_lines,), strongest = 100
+    hkl: NDArray[np.int64]  # (n_lines, 3); R groups in hexagonal axes
+
+
+class SymmetryPredictor:
+    """A trained model with all that its answers need.
+
+    Args:
+        model: in evaluation mode.
+        grid: the axis it was trained on.
+        wavelength: Angstrom, of the patterns it was trained on.
+        calibration: of its probabilities; None for none.
+        folds_held_out: validation folds of its run; () where not known.
+    """
+
+    def __init__(
+        self,
+        model: SymmetryModel,
+        grid: Grid | None = None,
+        wavelength: float = KA1_WAVELENGTH,
+        calibration: Calibration | None = None,
+        folds_held_out: tuple[int, ...] = (),
+    ) -> None:
+        self.model = model
+        self.grid = grid or Grid()
+        self.wavelength = wavelength
+        self.calibration = calibration
+        self.folds_held_out = folds_held_out
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> SymmetryPredictor:
+        """Reads a run folder or model file.
+
+        Raises:
+            InputError: for a file that is missing, damaged, of another kind, or that does not fit its preset.
+        """
+        from xrdfast.training.checkpoint import load_model, load_model_card
+
+        card = load_model_card(path)
+        try:
+            grid = Grid(**card.grid)
+            calibration = Calibration.from_dict(card.calibration) if card.calibration else None
+            wavelength = wavelength_of(card.wavelength)
+            folds = tuple(card.config.get("data", {}).get("folds_validation", ()))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: card: must describe grid, wavelength, calibration, got {error}") from error
+        return cls(load_model(path, device), grid, wavelength, calibration, folds)
+
+    def posterior(self, intensity: Tensor) -> JointPosterior:
+        """Probabilities of patterns on the model's grid.
+
+        Args:
+            intensity: (n_patterns, n_points) float32, 0 to 100.
+        """
+        return joint_posterior(self._logits(intensity), self.calibration)
+
+    def _logits(self, intensity: Tensor) -> dict[str, Tensor]:
+        device = next(self.model.parameters()).device
+        with torch.inference_mode():
+            logits = self.model(intensity.to(device))._asdict()
+        return {task: rows.float().cpu() for task, rows in logits.items() if rows is not None}
+
+    def store_logits(
+        self, store: PatternStore, rows: Tensor, progress: Callable[[int, int], None] | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Logits and labels of patterns of a store, rendered without augmentation.
+
+        Args:
+            store: simulated at the model's wavelength.
+            rows: (n_patterns,) int64.
+            progress: called with (patterns done, n_patterns).
+
+        Returns:
+            For each task of the model (n_patterns, n_classes) on the CPU; space group numbers (n_patterns,).
+
+        Raises:
+            InputError: for a store of another wavelength.
+        """
+        if not math.isclose(store.simulation.wavelength, self.wavelength, rel_tol=1e-6):
+            names = ", ".join(str(path) for path in store.paths)
+            raise InputError(
+                f"{names}: simulation.wavelength: must be the model's {self.wavelength}, "
+                f"got {store.simulation.wavelength}"
+            )
+        source = PatternSource(store, self.grid)
+        pieces, labels, done = [], [], 0
+        for batch in rows.split(_BATCH):
+            intensity, number = source.batch(batch)
+            pieces.append(self._logits(intensity))
+            labels.append(number)
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(rows))
+        return {task: torch.cat([piece[task] for piece in pieces]) for task in pieces[0]}, torch.cat(labels)
+
+    def predict_file(
+        self, path: str | Path, *, kind: str = "auto", wavelength: float | None = None, n_candidates: int = 5
+    ) -> Prediction:
+        """Answers for a file: two columns of text (lines or a scan), or one structure.
+
+        Args:
+            path: of the file; .cif, .npz and .safetensors are structures.
+            kind: "sticks", "scan", or "auto": equal steps and more than 1,000 points are a scan. Not for
+                structures.
+            wavelength: Angstrom; None where it is not known.
+            n_candidates: length of the ranked list.
+
+        Raises:
+            InputError: for a file that breaks a rule or gives the model no line.
+            ValueError: for an unknown kind, a wavelength or a number outside the rules.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"predict_file: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        if Path(path).suffix.lower() in STRUCTURE_SUFFIXES:
+            return self._predict_structure_file(path, n_candidates)
+        scan = read_two_column(path)
+        chosen = kind if kind != "auto" else "scan" if is_scan(scan.two_theta) else "sticks"
+        predict = self.predict_scan if chosen == "scan" else self.predict_sticks
+        try:
+            return predict(scan.two_theta, scan.intensity, wavelength=wavelength, n_candidates=n_candidates)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from error
+
+    def predict_sticks(
+        self,
+        two_theta: ArrayLike,  # (n_lines,)
+        intensity: ArrayLike,  # (n_lines,)
+        *,
+        wavelength: float | None = None,
+        n_candidates: int = 5,
+    ) -> Prediction:
+        """Answers for a list of lines.
+
+        Args:
+            two_theta: degrees.
+            intensity: any scale, >= 0, without Lorentz-polarisation correction.
+            wavelength: Angstrom, used as it is; None assumes the model's own.
+            n_candidates: length of the ranked list.
+
+        Raises:
+            ValueError: for values outside these rules, or no line inside the model's range.
+        """
+        two_theta, intensity = _checked_lines("predict_sticks", two_theta, intensity)
+        source = "assumed" if wavelength is None else "stated"
+        wavelength = self.wavelength if wavelength is None else wavelength_of(wavelength)
+        pattern, notes = self._on_axis(two_theta, intensity, wavelength)
+        notes = [f"read as a list of {len(two_theta)} lines", *notes]
+        return self._answer(pattern, "sticks", wavelength, source, notes, n_candidates)
+
+    def predict_scan(
+        self,
+        two_theta: ArrayLike,  # (n_points,)
+        intensity: ArrayLike,  # (n_points,)
+        *,
+        wavelength: float | None = None,
+        n_candidates: int = 5,
+    ) -> Prediction:
+        """Answers for a scan, through its peaks.
+
+        The weighted mean of a K-alpha doublet means the doublet: peaks are read with K-alpha 1, and satellites
+        where K-alpha 2 must be are left out.
+
+        Args:
+            two_theta: degrees, rising, equally spaced.
+            intensity: any scale.
+            wavelength: Angstrom; None assumes the copper doublet.
+            n_candidates: length of the ranked list.
+
+        Raises:
+            ValueError: for values outside these rules, or no peak inside the model's range.
+        """
+        two_theta, intensity = np.asarray(two_theta, np.float64), np.asarray(intensity, np.float64)
+        source = "assumed" if wavelength is None else "stated"
+        wavelength = radiations()["CuKa"] if wavelength is None else wavelength_of(wavelength)
+        place, height = find_peaks(two_theta, intensity)
+        notes = [
+            f"read as a scan of {len(two_theta)} points; no model is trained on scans yet: its {len(place)} peaks "
+            "go to a model of lines"
+        ]
+        if anode := _doublet_anode(wavelength):
+            wavelength, second = radiations()[f"{anode}Ka1"], radiations()[f"{anode}Ka2"]
+            keep = ~_satellites(place, height, wavelength, second)
+            notes.append(f"{anode} K-alpha doublet: {int((~keep).sum())} K-alpha 2 satellites left out")
+            place, height = place[keep], height[keep]
+        if len(place) == 0:
+            raise ValueError("peaks: must stand out of the noise, got none")
+        pattern, more = self._on_axis(place, height, wavelength)
+        moved = convert_two_theta(two_theta, wavelength, self.wavelength)
+        there = np.isfinite(moved)
+        pattern = Pattern(pattern.two_theta, pattern.intensity, scan=(moved[there], intensity[there]))
+        return self._answer(pattern, "scan", wavelength, source, [*notes, *more], n_candidates)
+
+    def predict_structure(self, structure: PackedStructures, n_candidates: int = 5) -> Prediction:
+        """Answers for the pattern simulated from one structure: a round trip.
+
+        Raises:
+            ValueError: for another number of structures, or one that cannot be simulated.
+        """
+        structure = analyse_symmetry(structure, n_workers=1)
+        grid = self.grid
+        lines = simulate_structure_lines(
+            structure,
+            wavelength=self.wavelength,
+            two_theta_min=grid.two_theta_min,
+            two_theta_max=grid.two_theta_min + grid.n_points * grid.two_theta_step,
+        )
+        pattern = Pattern(lines.two_theta, lines.intensity, lines.hkl)
+        notes = [f"simulated from the structure: {len(lines.two_theta)} lines"]
+        number = int(structure.space_group_01[0])
+        return self._answer(pattern, "structure", self.wavelength, "simulated", notes, n_candidates, number)
+
+    def _predict_structure_file(self, path: str | Path, n_candidates: int) -> Prediction:
+        structures, rejected = load_structures(path)
+        if len(structures) != 1 or rejected:
+            got = f"{len(structures)} and {len(rejected)} that cannot be read"
+            raise InputError(f"{path}: structures: must be one to predict, got {got}")
+        try:
+            return self.predict_structure(structures, n_candidates)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from error
+
+    def _on_axis(
+        self, two_theta: NDArray[np.float64], intensity: NDArray[np.float64], wavelength: float
+    ) -> tuple[Pattern, list[str]]:
+        """Lines at the model's wavelength, inside its range, strongest = 100; and what was done."""
+        notes = []
+        moved = two_theta
+        if wavelength != self.wavelength:
+            moved = convert_two_theta(two_theta, wavelength, self.wavelength)
+            with np.errstate(invalid="ignore"):  # NaN: beyond what the model's wavelength reaches
+                intensity = intensity * _lorentz_polarisation(moved) / _lorentz_polarisation(two_theta)
+            notes.append(f"mapped from {wavelength:.5f} to {self.wavelength:.5f} Angstrom through d-spacings")
+        low, high = self.grid.two_theta_min, self.grid.two_theta_max
+        inside = (moved >= low) & (moved < high)
+        if not (inside.any() and intensity[inside].max() > 0.0):
+            raise ValueError(
+                f"two_theta: must have a line within {low:g}..{high:g} degrees at {self.wavelength:.5f} Angstrom, "
+                "got none"
+            )
+        if not inside.all():
+            notes.append(f"{int((~inside).sum())} lines outside {low:g}..{high:g} degrees left out")
+        intensity = intensity[inside]
+        return Pattern(moved[inside], intensity * (100.0 / intensity.max())), notes
+
+    def _answer(
+        self,
+        pattern: Pattern,
+        kind: str,
+        wavelength: float,
+        wavelength_source: str,
+        notes: list[str],
+        n_candidates: int,
+        true_number: int = 0,
+    ) -> Prediction:
+        if not 1 <= n_candidates <= len(SYMBOLS):
+            raise ValueError(f"predict: n_candidates must be in 1..{len(SYMBOLS)}, got {n_candidates}")
+        offset = torch.tensor([0, len(pattern.two_theta)])
+        two_theta, intensity = torch.from_numpy(pattern.two_theta), torch.from_numpy(pattern.intensity)
+        posterior = self.posterior(sticks_to_grid(offset, two_theta, intensity, self.grid))
+        if self.calibration is None:
+            notes = [*notes, "the model is not calibrated: read its probabilities as a ranking"]
+        return Prediction(
+            candidates=_ranked_candidates(posterior, n_candidates),
+            superclasses={level: _ranked_classes(posterior, level) for level in SUPERCLASSES},
+            kind=kind,
+            wavelength=wavelength,
+            wavelength_source=wavelength_source,
+            notes=tuple(notes),
+            pattern=pattern,
+            true_number=true_number,
+        )
+
+
+def spoken_classes(level: str, name: str) -> str:
+    """A class name of a level for a table: long extinction groups are cut short.
+
+    Example:
+        >>> spoken_classes("extinction_group", "143, 147, 150, 156, 157")
+        '143, 147, 150 + 2'
+    """
+    parts = name.split(", ")
+    if level != "extinction_group" or len(parts) <= _SHOWN_GROUPS:
+        return name
+    return f"{', '.join(parts[:_SHOWN_GROUPS])} + {len(parts) - _SHOWN_GROUPS}"
+
+
+def simulate_structure_lines(
+    structure: PackedStructures,
+    *,
+    wavelength: float,
+    two_theta_min: float = 5.0,
+    two_theta_max: float = 90.0,
+    form_factors: str = "pymatgen",
+    dispersion: bool = False,
+) -> StructureLines:
+    """Merged lines of one structure with hkl in spglib's standard setting.
+
+    Each line is named by the equivalent reflection of its strongest-index family that comes last in lexical
+    order: 111 rather than -11-1.
+
+    Args:
+        structure: one, with rotations and `to_standard` (`analyse_symmetry`); without them hkl stay those of the
+            given cell.
+        wavelength, two_theta_min, two_theta_max, form_factors, dispersion: as in
+            `xrdfast.ops.simulate.simulate_lines`.
+
+    Raises:
+        ValueError: for another number of structures, or one that cannot be simulated.
+    """
+    if len(structure) != 1:
+        raise ValueError(f"structure: must be one, got {len(structure)}")
+    lines = simulate_lines(
+        structure,
+        wavelength=wavelength,
+        two_theta_min=two_theta_min,
+        two_theta_max=two_theta_max,
+        form_factors=form_factors,
+        dispersion=dispersion,
+    )
+    status = int(lines.status[0])
+    if status:
+        raise ValueError(f"structure: must diffract, got: {STATUS_REASONS[status]}")
+    return StructureLines(
+        lines.two_theta.numpy(),
+        lines.d_spacing.numpy(),
+        lines.intensity.numpy(),
+        _standard_hkl(structure, lines.hkl.numpy()),
+    )
+
+
+def _standard_hkl(structure: PackedStructures, hkl: NDArray[np.int16]) -> NDArray[np.int64]:
+    """(n, 3) of the last equivalent reflection in the standard setting: hkl_standard = hkl P^-1."""
+    to_standard = structure.to_standard[0].numpy()
+    if not np.isfinite(to_standard).all():
+        return hkl.astype(np.int64)
+    images = np.einsum("ni,rij->nrj", hkl.astype(np.float64), structure.rotations.numpy().astype(np.float64))
+    images = np.concatenate([images, -images], axis=1) @ np.linalg.inv(to_standard)
+    whole = np.rint(images).astype(np.int64) + 512
+    code = (whole[..., 0] << 20) + (whole[..., 1] << 10) + whole[..., 2]
+    last = code.argmax(axis=1)
+    return whole[np.arange(len(hkl)), last] - 512
+
+
+def _checked_lines(
+    op: str, two_theta: ArrayLike, intensity: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    two_theta, intensity = np.asarray(two_theta, np.float64), np.asarray(intensity, np.float64)
+    if two_theta.ndim != 1 or two_theta.shape != intensity.shape or len(two_theta) == 0:
+        raise ValueError(
+            f"{op}: two_theta, intensity must be (n_lines,) and not empty, got {two_theta.shape}, {intensity.shape}"
+        )
+    if not ((two_theta > 0.0) & (two_theta < 180.0)).all():
+        raise ValueError(f"{op}: two_theta must be between 0 and 180 degrees, got other values")
+    if not (np.isfinite(intensity) & (intensity >= 0.0)).all():
+        raise ValueError(f"{op}: intensity must be finite and >= 0, got other values")
+    return two_theta, intensity
+
+
+def _lorentz_polarisation(two_theta: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(1 + cos^2 2theta) / (sin^2 theta cos theta), no monochromator."""
+    theta = np.radians(two_theta / 2.0)
+    return (1.0 + np.cos(2.0 * theta) ** 2) / (np.sin(theta) ** 2 * np.cos(theta))
+
+
+def _doublet_anode(wavelength: float) -> str | None:
+    """The anode whose K-alpha mean this is."""
+    for name, mean in radiations().items():
+        if name.endswith("Ka") and math.isclose(wavelength, mean, rel_tol=_SAME_WAVELENGTH):
+            return name.removesuffix("Ka")
+    return None
+
+
+def _satellites(
+    two_theta: NDArray[np.float64], height: NDArray[np.float64], first: float, second: float
+) -> NDArray[np.bool_]:
+    """(n_peaks,) whether a peak is the K-alpha 2 satellite of another one; two_theta rising."""
+    expected = convert_two_theta(two_theta, first, second)
+    satellite = np.zeros(len(two_theta), dtype=bool)
+    if len(two_theta) < 2:
+        return satellite
+    right = np.searchsorted(two_theta, expected).clip(1, len(two_theta) - 1)
+    nearest = np.where(expected - two_theta[right - 1] < two_theta[right] - expected, right - 1, right)
+    share = height[nearest] / height
+    fits = np.abs(two_theta[nearest] - expected) < _SATELLITE_REACH
+    fits &= (share > _SATELLITE_SHARE[0]) & (share < _SATELLITE_SHARE[1]) & (nearest != np.arange(len(two_theta)))
+    satellite[nearest[fits]] = True
+    return satellite
+
+
+def _ranked_candidates(posterior: JointPosterior, n_candidates: int) -> tuple[Candidate, ...]:
+    share, index = posterior.space_group[0].double().cpu().sort(descending=True, stable=True)
+    return tuple(
+        Candidate(
+            space_group_number=i + 1,
+            symbol=SYMBOLS[i],
+            probability=p,
+            superclasses={level: class_names(level)[class_index(level)[i]] for level in SUPERCLASSES},
+        )
+        for i, p in zip(index[:n_candidates].tolist(), share[:n_candidates].tolist(), strict=True)
+    )
+
+
+def _ranked_classes(posterior: JointPosterior, level: str) -> tuple[tuple[str, float], ...]:
+    share, index = posterior.marginal(level)[0].double().cpu().sort(descending=True, stable=True)
+    names = class_names(level)
+    return tuple((names[i], p) for i, p in zip(index.tolist(), share.tolist(), strict=True))
