@@ -10,21 +10,34 @@ import dataclasses
 import gzip
 import importlib.util
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from xrdfast.data.files import write_atomically
 from xrdfast.data.folds import assign_folds
-from xrdfast.data.generate import draw_strain, strained_reciprocal_metric
+from xrdfast.data.generate import draw_strain, generate_store, strained_reciprocal_metric
+from xrdfast.data.store import PatternStore
 from xrdfast.data.structures import PackedStructures, analyse_symmetry, from_arrays
 from xrdfast.errors import InputError
+from xrdfast.evaluation import evaluate_predictions, majority_baseline
+from xrdfast.prediction import Prediction, SymmetryPredictor
+from xrdfast.report import save_plot
 from xrdfast.scattering import element_symbols, form_factor_table
+from xrdfast.symmetry import TASKS
+from xrdfast.terminal import print_table, progress_bar, training_bar
+from xrdfast.training import checkpoint, run_log, trainer
+from xrdfast.training.config import RunConfig, config_from_dict
 
 FOLDS_TEST = (0, 1)  # never seen by training
 FOLD_CALIBRATION = 2  # for temperatures and exponents
+CRYSTAL_SYSTEM_GAIN = 0.15  # over the majority class, that the demo must reach
+_VARIANTS = 150  # of each training structure
 
 # Relatives of a structure type: how far axes and cell differ. NaCl's isotypes run from a = 4.0 to 7.7 Angstrom.
 _SCALE = 0.15  # largest share by which all edges grow or shrink
@@ -32,6 +45,130 @@ _STRAIN = 0.03  # standard deviation of the strain that keeps the symmetry
 _DISPLACEMENT = 0.3  # Angstrom, standard deviation before it is averaged over the symmetry
 _HEAVIEST = 83  # Bi: what follows is radioactive
 _NOBLE_GASES = (2, 10, 18, 36, 54)
+
+
+def run_demo(folder: Path, minutes: float, show: Callable[[Prediction], None]) -> bool:
+    """Runs everything and prints what happens.
+
+    Leaves in the folder: the two stores, `model/` (the run), `metrics.json`, `pattern.xy` and `answer.png` of one
+    held-out structure. What an earlier demo left there is replaced.
+
+    Args:
+        folder: created where missing.
+        minutes: of training.
+        show: prints one answer.
+
+    Returns:
+        Whether all four tasks beat the majority class on the held-out structures, crystal system by at least
+        `CRYSTAL_SYSTEM_GAIN`.
+
+    Raises:
+        InputError: where pymatgen's prototypes are missing or the folder cannot be written.
+        KeyboardInterrupt: where training was interrupted.
+    """
+    begun = time.monotonic()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: folder: must be writable, got {error.strerror}") from error
+    training, held_out = _prepare(folder)
+    _train(folder, minutes)
+    predictor = SymmetryPredictor.load(folder / "model")
+    passed = _evaluate(folder, predictor, training, held_out)
+    _answer(folder, predictor, held_out, show)
+    click.echo(f"\n{'passed' if passed else 'NOT PASSED'} after {time.monotonic() - begun:.0f} s; files in {folder}/")
+    return passed
+
+
+def _prepare(folder: Path) -> tuple[PackedStructures, PackedStructures]:
+    """Writes both stores; returns the structures trained on (without variants) and those held out."""
+    structures = load_prototypes()
+    with progress_bar("symmetry", "structures") as progress:
+        structures = analyse_symmetry(structures, progress=progress)
+    fold = assign_folds(structures.formula, structures.family, structures.fold)
+    structures = dataclasses.replace(structures, fold=fold)
+    clean = structures[structures.space_group_001 == structures.space_group_01]
+    test = torch.isin(clean.fold, torch.tensor(FOLDS_TEST, dtype=clean.fold.dtype))
+    calibration = clean.fold == FOLD_CALIBRATION
+    training, held_out = clean[~test & ~calibration], clean[test]
+    variants = vary_structures(training, _VARIANTS, Generator().manual_seed(0))
+    n_groups = len(structures.space_group_01.unique())
+    click.echo(
+        f"{len(structures)} structure types of {n_groups} space groups; {len(structures) - len(clean)} whose group "
+        f"depends on the tolerance left out\n{len(training)} to train on, each with {_VARIANTS} relatives of other "
+        f"elements, sites and cell; {int(calibration.sum())} to calibrate; {len(held_out)} held out, by formula and type"
+    )
+    learnt = PackedStructures.concatenate([training, clean[calibration], variants])
+    for name, part in (("training", learnt), ("held-out", held_out)):
+        with progress_bar(f"simulating {name}", "structures") as progress:
+            generate_store(part, folder / f"{name}.store.safetensors", progress=progress)
+    return training, held_out
+
+
+def _train(folder: Path, minutes: float) -> None:
+    run = folder / "model"
+    for name in (checkpoint.MODEL_FILE, checkpoint.STATE_FILE, trainer.CONFIG_FILE, run_log.LOG_FILE):
+        (run / name).unlink(missing_ok=True)  # of an earlier demo
+    with training_bar("training") as progress:
+        result = trainer.Trainer(demo_config(folder, minutes), run, progress=progress).run()
+    if result.status == "interrupted":
+        raise KeyboardInterrupt
+    click.echo(f"trained {result.step} steps")
+
+
+def demo_config(folder: Path, minutes: float) -> RunConfig:
+    """The demo's training run: the small preset, all four tasks, strain and displacement drawn per pattern."""
+    return config_from_dict(
+        {
+            "model": {"preset": "small"},
+            "data": {
+                "stores": [str(folder / "training.store.safetensors")],
+                "folds_validation": [FOLD_CALIBRATION],
+            },
+            "train": {
+                "epochs": 0,
+                "max_minutes": minutes,
+                "learning_rate": 2e-3,
+                "ema_decay": 0.99,
+                "validate_epochs": 10**6,  # only at the end: too few structures to choose a model by
+            },
+        }
+    )
+
+
+def _evaluate(
+    folder: Path, predictor: SymmetryPredictor, training: PackedStructures, held_out: PackedStructures
+) -> bool:
+    store = PatternStore.open(folder / "held-out.store.safetensors")
+    with progress_bar("evaluating", "patterns") as progress:
+        logits, number = predictor.store_logits(store, torch.arange(len(store)), progress)
+    metrics = evaluate_predictions(logits, number, predictor.calibration)
+    majority = majority_baseline(training.space_group_01, number)
+    with write_atomically(folder / "metrics.json") as file:
+        file.write(json.dumps(metrics | {"majority": majority}, indent=2).encode())
+    found = {task: metrics["joint"]["tasks"][task]["top1"] for task in TASKS}
+    rows = [
+        [task.replace("_", " "), *(f"{100 * x:.1f}" for x in (majority[task], share, share - majority[task]))]
+        for task, share in found.items()
+    ]
+    click.echo(f"\n{len(number)} held-out structures, percent right (joint posterior)")
+    print_table(("task", "majority class", "model", "gain"), rows, right=(1, 2, 3))
+    gain = {task: share - majority[task] for task, share in found.items()}
+    return min(gain.values()) > 0.0 and gain["crystal_system"] >= CRYSTAL_SYSTEM_GAIN
+
+
+def _answer(
+    folder: Path, predictor: SymmetryPredictor, held_out: PackedStructures, show: Callable[[Prediction], None]
+) -> None:
+    one = held_out[0]
+    prediction = predictor.predict_structure(one)
+    pattern = prediction.pattern
+    with write_atomically(folder / "pattern.xy") as file:
+        np.savetxt(file, np.column_stack([pattern.two_theta, pattern.intensity]), fmt="%.5f", header=one.ids[0])
+    save_plot(prediction, folder / "answer.png", title=one.ids[0])
+    click.echo(f"the first held-out structure, {one.ids[0]} ({one.formula[0]}):")
+    show(prediction)
+    click.echo(f"plot: {folder / 'answer.png'}; its lines: {folder / 'pattern.xy'}, to try with xrdfast predict")
 
 
 def load_prototypes() -> PackedStructures:

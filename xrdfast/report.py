@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from xrdfast.bragg import Grid
 from xrdfast.data.files import write_atomically
 from xrdfast.errors import InputError
-from xrdfast.symmetry import CRYSTAL_SYSTEMS, SYMBOLS
+from xrdfast.symmetry import CRYSTAL_SYSTEM_INDEX, CRYSTAL_SYSTEMS, SYMBOLS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from xrdfast.prediction import Pattern, Prediction
 
 FORMATS = ("png", "pdf", "svg")
-_BLUE, _ORANGE, _GREY, _INK = "#0072B2", "#D55E00", "#B8BEC4", "#22272B"
+_BLUE, _ORANGE, _GREY, _INK = "#0072B2", "#D55E00", "#868E96", "#22272B"
 _STYLE = {
     "font.family": "sans-serif",
     "font.size": 8.0,
@@ -83,7 +84,7 @@ def plot_prediction(prediction: Prediction, *, title: str = "") -> Figure:
             letter,
             (0, 1),
             xycoords="axes fraction",
-            xytext=(-26, 4),
+            xytext=(-28, 6),
             textcoords="offset points",
             fontsize=9.0,
             fontweight="bold",
@@ -93,37 +94,37 @@ def plot_prediction(prediction: Prediction, *, title: str = "") -> Figure:
 
 def _draw_pattern(axes: Axes, prediction: Prediction) -> None:
     pattern = prediction.pattern
-    top = 100.0
     if pattern.scan is not None:
         two_theta, counts = pattern.scan
         low = float(counts.min())
-        axes.plot(two_theta, 100.0 * (counts - low) / max(float(counts.max()) - low, 1e-300), color=_GREY, lw=0.8)
+        share = (counts - low) / max(float(counts.max()) - low, 1e-300)
+        axes.plot(two_theta, 100.0 * share, color=_GREY, lw=0.8)
         axes.vlines(pattern.two_theta, -7.0, -2.0, color=_BLUE, lw=0.7)
         axes.set_ylim(-10.0, 108.0)
     else:
         axes.vlines(pattern.two_theta, 0.0, pattern.intensity, color=_BLUE, lw=1.0)
-        top = _label_lines(axes, pattern)
-        axes.set_ylim(0.0, top)
-    axes.set_xlim(5.0, 90.0)
+        axes.set_ylim(0.0, 105.0 if pattern.hkl is None else 116.0)
+        _label_lines(axes, pattern)
+    grid = Grid()
+    axes.set_xlim(grid.two_theta_min, grid.two_theta_max)
     axes.set_xlabel(r"$2\theta$ (degrees) at the model's wavelength")
-    axes.set_ylabel("intensity")
+    axes.set_ylabel("intensity, strongest = 100")
     source = f"{prediction.kind}, {prediction.wavelength:.5f} Å ({prediction.wavelength_source})"
     axes.set_title(source, loc="right", fontsize=7.5)
 
 
-def _label_lines(axes: Axes, pattern: Pattern) -> float:
-    """Writes hkl above the strongest lines that have room; returns the top of the axis."""
+def _label_lines(axes: Axes, pattern: Pattern) -> None:
+    """Writes hkl above the strongest lines that have room."""
     if pattern.hkl is None:
-        return 105.0
+        return
     taken: list[float] = []
     for i in np.argsort(-pattern.intensity, kind="stable")[: 3 * _N_LABELS].tolist():
         place = float(pattern.two_theta[i])
         if len(taken) == _N_LABELS or any(abs(place - other) < _LABEL_GAP for other in taken):
             continue
         taken.append(place)
-        text = "".join(rf"\overline{{{-n}}}" if n < 0 else str(n) for n in pattern.hkl[i].tolist())
-        if np.abs(pattern.hkl[i]).max() > 9:  # 1 10 0 would read as 110 0
-            text = r"\,".join(rf"\overline{{{-n}}}" if n < 0 else str(n) for n in pattern.hkl[i].tolist())
+        gap = r"\," if np.abs(pattern.hkl[i]).max() > 9 else ""  # 1 10 0 must not read as 110 0
+        text = gap.join(rf"\overline{{{-n}}}" if n < 0 else str(n) for n in pattern.hkl[i].tolist())
         axes.annotate(
             f"${text}$",
             (place, float(pattern.intensity[i])),
@@ -133,7 +134,6 @@ def _label_lines(axes: Axes, pattern: Pattern) -> float:
             va="bottom",
             fontsize=6.0,
         )
-    return 116.0
 
 
 def _draw_groups(axes: Axes, prediction: Prediction) -> None:
@@ -146,11 +146,8 @@ def _draw_groups(axes: Axes, prediction: Prediction) -> None:
 
 def _draw_systems(axes: Axes, prediction: Prediction) -> None:
     shares = dict(prediction.superclasses["crystal_system"])
-    system = None
-    if prediction.true_number:
-        from xrdfast.symmetry import CRYSTAL_SYSTEM_INDEX
-
-        system = CRYSTAL_SYSTEMS[int(CRYSTAL_SYSTEM_INDEX[prediction.true_number - 1])]
+    number = prediction.true_number
+    system = CRYSTAL_SYSTEMS[CRYSTAL_SYSTEM_INDEX[number - 1]] if number else None
     _draw_bars(axes, CRYSTAL_SYSTEMS, [shares[n] for n in CRYSTAL_SYSTEMS], [n == system for n in CRYSTAL_SYSTEMS])
     axes.set_title("crystal system", loc="left", fontsize=8.0)
 
@@ -161,12 +158,13 @@ def _draw_bars(axes: Axes, names: list[str] | tuple[str, ...], shares: list[floa
     axes.barh(places, shares, height=0.62, color=[_ORANGE if m else _BLUE for m in marked])
     for place, share, mark in zip(places.tolist(), shares, marked, strict=True):
         text = f"{100.0 * share:.1f} %" + (", true" if mark else "")
-        axes.annotate(text, (share, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7.0)
+        axes.annotate(text, (share, place), xytext=(3, 0), textcoords="offset points", va="center_baseline", fontsize=7.0)
     axes.set_yticks(places, names)
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.set_xlim(0.0, 1.22)  # room for the number beside a full bar
     axes.set_xticks([0.0, 0.25, 0.5, 0.75, 1.0], ["0", "0.25", "0.5", "0.75", "1"])
+    axes.spines["bottom"].set_bounds(0.0, 1.0)
     axes.set_xlabel("probability")
 
 
