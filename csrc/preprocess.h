@@ -24,4 +24,14 @@ struct RenderSticksParams {
 // Coincident lines add up, lines below kMinScaledIntensity go, then each bin keeps its strongest line.
 void render_sticks_cpu(const RenderSticksParams& params, int n_threads);
 
+// What the CUDA kernel works in; all are (n_families).
+struct RenderSticksScratch {
+    double* two_theta;
+    double* strength;
+    int32_t* order;
+};
+
+// The same on a device. Returns a cudaError_t as int; `stream` is a cudaStream_t.
+int render_sticks_cuda(const RenderSticksParams& params, const RenderSticksScratch& scratch, void* stream);
+
 }  // namespace xrdfast

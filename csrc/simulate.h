@@ -68,4 +68,34 @@ int64_t reflection_capacity_cpu(const double* lattice, int64_t n_structures, dou
 int64_t simulate_lines_cpu(const StructureBatch& batch, const LinesOutput& out, int n_threads);
 int64_t simulate_families_cpu(const StructureBatch& batch, const FamiliesOutput& out, int n_threads);
 
+// Reflections on a CUDA device, one of each Friedel pair, structure by structure.
+struct ReflectionList {
+    const int64_t* offset;  // (n_structures + 1), running sum of the counts
+    int64_t n_reflections;
+    int16_t* hkl;           // (n_reflections, 3), first non-zero index positive
+    double* g2;             // (n_reflections), 1 / d^2, 1 / Angstrom^2
+    double* f_squared;      // (n_reflections), |F|^2, electrons^2, Friedel mean
+};
+
+// What family each reflection belongs to.
+struct FamilyNames {
+    int64_t n_reflections;
+    const int64_t* structure;        // (n_reflections)
+    const int16_t* hkl;              // (n_reflections, 3)
+    const int64_t* rotation_offset;  // (n_structures + 1)
+    const int8_t* rotations;         // (n_rotations, 3, 3)
+    int32_t* code;                   // (n_reflections), the largest member packed into 30 bits
+    int16_t* multiplicity;           // (n_reflections), Friedel mates counted
+};
+
+// The device's part of a simulation, in this order; the merging is left to torch. Pointers are the device's. All return
+// a cudaError_t as int; `stream` is a cudaStream_t.
+// count and status: (n_structures); status is kSimulated, kNoReflection, kCellTooLarge or kBadLattice.
+int count_reflections_cuda(const StructureBatch& batch, int64_t* count, int32_t* status, void* stream);
+// Writes hkl and g2. The offsets must come from the counts, or be level over a structure to skip it.
+int list_reflections_cuda(const StructureBatch& batch, const ReflectionList& list, void* stream);
+// Writes f_squared. Every element must be known; atoms sorted by element and B make it fast.
+int structure_factors_cuda(const StructureBatch& batch, const ReflectionList& list, void* stream);
+int name_families_cuda(const FamilyNames& names, void* stream);
+
 }  // namespace xrdfast

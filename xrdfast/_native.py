@@ -38,6 +38,7 @@ EXTENSION_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 _CXX_FLAGS = (
     "-std=c++17 -O3 -fno-math-errno -fno-trapping-math -fopenmp -fPIC -fvisibility=hidden -march=native".split()
 )
+_EMULATOR_FLAGS = "-O1 -g -Wno-unknown-pragmas -DXRDFAST_MODULE=_emu".split()
 _NVCC_FLAGS = "-std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden".split()
 _LOCK_TIMEOUT = 300.0  # seconds; a whole build takes about 10
 _MAX_JOBS = 4
@@ -196,7 +197,7 @@ def build_module(name: str, *, emulator: Path | None = None) -> Path:
     return target
 
 
-# A plan: what is compiled with which command. Its text is part of the cache key.
+# A plan: what is compiled with which command, and the folders whose sources decide the result.
 _Plan = dict[str, object]
 
 
@@ -207,26 +208,27 @@ def _plan(name: str, emulator: Path | None) -> _Plan:
             f"no C++ compiler ({cxx!r} is not on PATH). Install one (Debian, Ubuntu: apt-get install g++) or set CXX"
         )
     include = [f"-I{CSRC}", f"-I{_pybind11_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    kernels = sorted(CSRC.glob("*.cu"))
+    kernels, folders = sorted(CSRC.glob("*.cu")), [CSRC]
     if name == "_cpu":
         sources = {p: [cxx, *_CXX_FLAGS, *include] for p in sorted(CSRC.glob("*.cpp")) if p.name != "bind_cuda.cpp"}
         link = [cxx, "-shared", "-fopenmp"]
     elif name == "_emu":
-        flags = [*(f for f in _CXX_FLAGS if f not in ("-O3", "-march=native")), "-O1", "-g", f"-I{emulator}", *include]
-        sources = {p: [cxx, *flags, "-x", "c++"] for p in [*kernels, CSRC / "bind_cuda.cpp"]}
+        flags = [*(f for f in _CXX_FLAGS if f not in ("-O3", "-march=native")), *_EMULATOR_FLAGS, f"-I{emulator}"]
+        sources = {p: [cxx, *flags, *include, "-x", "c++"] for p in [*kernels, CSRC / "bind_cuda.cpp"]}
         link = [cxx, "-shared"]
+        folders.append(emulator)
     else:
         import torch
 
         nvcc = _nvcc()
-        home = Path(nvcc).resolve().parent.parent
         major, minor = torch.cuda.get_device_capability()
         flags = [*_NVCC_FLAGS, f"-arch=sm_{major}{minor}", f"-I{CSRC}"]
         sources = {p: [nvcc, *flags] for p in kernels}
-        sources[CSRC / "bind_cuda.cpp"] = [cxx, *_CXX_FLAGS, *include, f"-I{home / 'include'}"]
+        sources[CSRC / "bind_cuda.cpp"] = [cxx, *_CXX_FLAGS, *include]
         # The shared CUDA runtime: torch has loaded the same one, a static copy would be a second.
         link = [nvcc, "-shared", "-cudart=shared"]
-    return {"sources": sources, "link": link, "compilers": {a[0] for a in [*sources.values(), link]}}
+    compilers = {command[0] for command in [*sources.values(), link]}
+    return {"sources": sources, "link": link, "compilers": compilers, "folders": folders}
 
 
 def _key(plan: _Plan) -> str:
@@ -237,8 +239,7 @@ def _key(plan: _Plan) -> str:
         data = text.encode() if isinstance(text, str) else text
         digest.update(len(data).to_bytes(8, "little") + data)
 
-    folders = [CSRC, *{Path(f[2:]) for a in plan["sources"].values() for f in a if f.startswith("-I") and "emul" in f}]
-    for folder in folders:
+    for folder in plan["folders"]:
         for path in sorted(folder.iterdir()):
             if path.suffix in (".h", ".cuh", ".cpp", ".cu"):
                 add(path.name)
@@ -274,8 +275,9 @@ def _compile(plan: _Plan, folder: Path, target: Path) -> None:
             [ninja, "-C", temporary, "-j", str(jobs)], capture_output=True, text=True, errors="replace", check=False
         )
         if done.returncode != 0:
-            tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
-            raise BuildError(f"the compiler failed:\n{tail}")
+            lines = (done.stdout + done.stderr).strip().splitlines()
+            told = [line for line in lines if "error" in line][:5] or lines[-15:]
+            raise BuildError("the compiler failed:\n" + "\n".join(told))
         os.replace(Path(temporary) / "module.so", target)  # others see all of it or nothing
 
 

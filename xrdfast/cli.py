@@ -1,11 +1,13 @@
 """The command line: one verb, one function. Everything beyond options and printing lives in the package.
 
-Exit codes: 0; 1 where the demo does not pass or nothing can be built; 2 for bad input, with one line on standard
-error; 130 for an interruption. Imports beyond click happen inside the verbs, so that `--help` is there at once.
+Exit codes: 0; 1 where the demo does not pass or nothing can be built; 2 for bad input, with one line on
+standard error; 130 for an interruption. Imports beyond click happen inside the verbs, so that `--help` is
+there at once.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import warnings
@@ -25,6 +27,17 @@ STORE_SUFFIX = ".store.safetensors"
 DEMO_FOLDER = "demo-run"
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _SHOWN_REASONS = 5  # of rejected structures; the file has them all
+_PACKAGES = (
+    "numpy",
+    "safetensors",
+    "spglib",
+    "gemmi",
+    "pymatgen",
+    "matplotlib",
+    "rich",
+    "ase",
+    "tensorboard",
+)
 
 
 class _Commands(click.Group):
@@ -89,6 +102,15 @@ def _wavelength(ctx: click.Context, option: click.Parameter, value: str | None) 
         raise InputError(f"--wavelength: {str(error).partition(': ')[2]}") from error
 
 
+def _output_file(ctx: click.Context, option: click.Parameter, value: Path | None) -> Path | None:
+    from xrdfast.errors import InputError
+
+    # Files are replaced whole by a rename, which would put a plain file in the place of a device or folder.
+    if value is not None and value.exists() and not value.is_file():
+        raise InputError(f"{value}: {option.opts[-1]}: must be a plain file, got a folder or device")
+    return value
+
+
 def _folds(ctx: click.Context, option: click.Parameter, value: str) -> tuple[int, ...] | None:
     from xrdfast.errors import InputError
 
@@ -100,6 +122,7 @@ def _folds(ctx: click.Context, option: click.Parameter, value: str) -> tuple[int
     return tuple(sorted({int(part) for part in parts}))
 
 
+_file_option = functools.partial(click.option, type=click.Path(path_type=Path), callback=_output_file)
 _wavelength_option = click.option(
     "--wavelength",
     "--radiation",
@@ -119,7 +142,7 @@ def doctor(as_json: bool) -> None:
     from xrdfast.terminal import print_table
 
     found = {"xrdfast": __version__} | {name: str(value) for name, value in _native.status().items()}
-    for package in ("numpy", "safetensors", "spglib", "gemmi", "pymatgen", "matplotlib", "rich", "ase", "tensorboard"):
+    for package in _PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -141,12 +164,14 @@ def build() -> None:
 
 @cli.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Store to write; with --lines a .csv file.")
+@_file_option("-o", "--output", help="Store; with --lines a .csv file.")
 @_wavelength_option
 @click.option("--two-theta-max", default=90.0, show_default=True, help="Degrees, at this wavelength.")
-@click.option("--form-factors", type=click.Choice(["pymatgen", "international"]), default="pymatgen", show_default=True)
+@click.option(
+    "--form-factors", type=click.Choice(["pymatgen", "international"]), default="pymatgen", show_default=True
+)
 @click.option("--dispersion", is_flag=True, help="Add f' + i f'' at this wavelength.")
-@click.option("--workers", type=click.IntRange(1), help="Processes that look for symmetry; default one a core.")
+@click.option("--workers", type=click.IntRange(1), help="Processes that find symmetry; default one a core.")
 @click.option("--lines", is_flag=True, help="Print the lines of one structure instead of writing a store.")
 def simulate(
     paths: tuple[Path, ...],
@@ -173,7 +198,8 @@ def simulate(
         dispersion=dispersion,
     )
     if not config.two_theta_min < two_theta_max <= 180.0:
-        raise InputError(f"--two-theta-max: must be above {config.two_theta_min:g}, up to 180, got {two_theta_max:g}")
+        low = config.two_theta_min
+        raise InputError(f"--two-theta-max: must be above {low:g}, up to 180 degrees, got {two_theta_max:g}")
     store = _store_path(output or Path(paths[0].resolve().name)) if not lines else None
     if store is not None and store.resolve() in [path.resolve() for path in paths]:
         raise InputError(f"{store}: output: must not be an input, got the same file")
@@ -205,7 +231,7 @@ def _is_analysed(structures: PackedStructures) -> bool:
 def _write_lines(structures: PackedStructures, config: Any, output: Path | None, path: Path) -> None:
     from xrdfast.data.files import write_atomically
     from xrdfast.errors import InputError
-    from xrdfast.prediction import simulate_structure_lines
+    from xrdfast.lines import simulate_structure_lines
 
     try:
         found = simulate_structure_lines(
@@ -220,7 +246,8 @@ def _write_lines(structures: PackedStructures, config: Any, output: Path | None,
         raise InputError(f"{path}: {error}") from error
     columns = zip(found.two_theta, found.d_spacing, found.intensity, found.hkl.tolist(), strict=True)
     text = "two_theta,d_spacing,intensity,h,k,l\n" + "".join(
-        f"{two_theta:.6f},{d:.6f},{intensity:.4f},{h},{k},{ell}\n" for two_theta, d, intensity, (h, k, ell) in columns
+        f"{two_theta:.6f},{d:.6f},{intensity:.4f},{h},{k},{ell}\n"
+        for two_theta, d, intensity, (h, k, ell) in columns
     )
     if output is None:
         click.echo(text, nl=False)
@@ -257,7 +284,9 @@ def _report_simulation(store: Path, structures: PackedStructures, rejected: list
     click.echo(f"{store}: {n_simulated} patterns, {len(rejected)} structures rejected")
     if disagreements:
         file = store.with_name(f"{name}.disagreements.jsonl")
-        click.echo(f"{len(disagreements)} state another space group than spglib finds at 0.1 Angstrom: {file}")
+        click.echo(
+            f"{len(disagreements)} state another space group than spglib finds at 0.1 Angstrom: {file}"
+        )
     unlabelled = int((structures.space_group_01 == 0).sum())
     if unlabelled:
         click.echo(f"{unlabelled} have no space group by spglib: stored, not trained on")
@@ -284,7 +313,7 @@ def _write_list(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 @cli.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting that wins, as train.epochs=3.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Wins, as train.epochs=3.")
 @click.option("--resume", is_flag=True, help="Go on with the run in this folder.")
 def train(config: Path, output: Path, overrides: tuple[str, ...], resume: bool) -> None:
     """Trains a model as a TOML file says; under torchrun on several GPUs."""
@@ -298,19 +327,23 @@ def train(config: Path, output: Path, overrides: tuple[str, ...], resume: bool) 
     if os.environ.get("RANK", "0") != "0":
         return
     if result.status == "interrupted":
-        command = " ".join(["xrdfast train", str(config), "-o", str(output), *(f"--set {x}" for x in overrides)])
-        click.echo(f"interrupted after {result.step} steps; go on with: {command} --resume", err=True)
+        again = " ".join([str(config), "-o", str(output), *(f"--set {x}" for x in overrides)])
+        click.echo(f"interrupted after {result.step} steps; go on: xrdfast train {again} --resume", err=True)
         click.get_current_context().exit(_INTERRUPTED)
-    click.echo(f"{output}: {result.status.replace('_', ' ')} after {result.step} steps; on the validation folds:\n")
-    click.echo(format_table(result.metrics))
+    ended = f"{result.status.replace('_', ' ')} after {result.step} steps"
+    click.echo(f"{output}: {ended}; on the validation folds:\n\n{format_table(result.metrics)}")
 
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("stores", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--folds", default="0", show_default=True, callback=_folds, help="Folds to evaluate, as 0,1; or all.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write all metrics to this file.")
-def evaluate(run: Path, stores: tuple[Path, ...], folds: tuple[int, ...] | None, json_file: Path | None) -> None:
+@click.option(
+    "--folds", default="0", show_default=True, callback=_folds, help="Folds to evaluate, as 0,1; or all."
+)
+@_file_option("--json", "json_file", help="Also write all metrics to this file.")
+def evaluate(
+    run: Path, stores: tuple[Path, ...], folds: tuple[int, ...] | None, json_file: Path | None
+) -> None:
     """Measures a trained model on folds of pattern stores."""
     import torch
 
@@ -328,17 +361,24 @@ def evaluate(run: Path, stores: tuple[Path, ...], folds: tuple[int, ...] | None,
         raise InputError(f"{stores[0]}: fold: must hold labelled patterns of folds {folds}, got none")
     with progress_bar("evaluating", "patterns") as progress:
         logits, number = predictor.store_logits(store, rows, progress)
-    metrics = evaluate_predictions(logits, number, predictor.calibration)
+    held_out = set(predictor.folds_held_out)
+    asked = set(folds or range(10))
+    # What was fitted on these very folds would flatter the calibration errors: None fits on halves instead.
+    calibration = None if asked & held_out else predictor.calibration
+    metrics = evaluate_predictions(logits, number, calibration)
     click.echo(format_table(metrics))
     others = store.select()
     others = others[~torch.isin(others, rows)]
     if len(others):
         metrics["majority"] = majority_baseline(store.space_group_01[others].long(), number)
-        shares = ", ".join(f"{name.replace('_', ' ')} {100 * x:.2f}" for name, x in metrics["majority"].items())
+        shares = ", ".join(
+            f"{name.replace('_', ' ')} {100 * x:.2f}" for name, x in metrics["majority"].items()
+        )
         click.echo(f"\nmajority class of the other folds: {shares}")
-    held_out = predictor.folds_held_out
-    if held_out and not set(folds or range(10)) <= set(held_out):
-        click.echo(f"note: the run held out folds {list(held_out)} only; others were trained on if the stores are its own")
+    if held_out and not asked <= held_out:
+        click.echo(
+            f"note: the run held out folds {sorted(held_out)} alone; of its own stores, it knows the others"
+        )
     if json_file is not None:
         with write_atomically(json_file) as file:
             file.write(json.dumps(metrics, indent=2).encode())
@@ -355,8 +395,10 @@ def evaluate(run: Path, stores: tuple[Path, ...], folds: tuple[int, ...] | None,
 )
 @click.option("--kind", type=click.Choice(["auto", "sticks", "scan"]), default="auto", show_default=True)
 @_wavelength_option
-@click.option("--top", default=5, show_default=True, type=click.IntRange(1, 230), help="Space groups to list.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Save a plot (.png, .pdf, .svg).")
+@click.option(
+    "--top", default=5, show_default=True, type=click.IntRange(1, 230), help="Space groups to list."
+)
+@_file_option("--plot", help="Save a plot (.png, .pdf, .svg).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def predict(
     file: Path, model: Path, kind: str, wavelength: float | None, top: int, plot: Path | None, as_json: bool
@@ -366,8 +408,11 @@ def predict(
     from xrdfast.prediction import SymmetryPredictor
 
     if not model.exists():
-        raise InputError(f"{model}: model: must be a run folder or model file (`xrdfast demo` trains one), got none")
-    prediction = SymmetryPredictor.load(model).predict_file(file, kind=kind, wavelength=wavelength, n_candidates=top)
+        raise InputError(
+            f"{model}: model: must be a run folder or model file (`xrdfast demo` trains one), got none"
+        )
+    predictor = SymmetryPredictor.load(model)
+    prediction = predictor.predict_file(file, kind=kind, wavelength=wavelength, n_candidates=top)
     if plot is not None:
         from xrdfast.report import save_plot
 
@@ -386,7 +431,8 @@ def show_prediction(prediction: Prediction) -> None:
     from xrdfast.prediction import spoken_classes
     from xrdfast.terminal import print_table
 
-    click.echo(f"  kind {prediction.kind}, wavelength {prediction.wavelength:.5f} Å ({prediction.wavelength_source})")
+    source = prediction.wavelength_source
+    click.echo(f"  kind {prediction.kind}, wavelength {prediction.wavelength:.5f} Å ({source})")
     for note in prediction.notes:
         click.echo(f"  {note}")
     rows = [
@@ -424,7 +470,7 @@ def _percent(share: float) -> str:
 
 @cli.command("import-checkpoint")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Model file (.safetensors).")
+@_file_option("-o", "--output", required=True, help="Model file (.safetensors).")
 def import_checkpoint(file: Path, output: Path) -> None:
     """Reads a checkpoint of the published XRDecoupler code; executes nothing from it."""
     import dataclasses
@@ -440,7 +486,9 @@ def import_checkpoint(file: Path, output: Path) -> None:
 
 @cli.command()
 @click.option("-o", "--output", default=DEMO_FOLDER, show_default=True, type=click.Path(path_type=Path))
-@click.option("--minutes", default=2.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Of training.")
+@click.option(
+    "--minutes", default=2.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Of training."
+)
 def demo(output: Path, minutes: float) -> None:
     """The main job in under five minutes: structures, simulation, training, evaluation, an answer."""
     from xrdfast.demo import run_demo

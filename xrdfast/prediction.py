@@ -22,9 +22,9 @@ from xrdfast.data.scans import find_peaks, is_scan, read_two_column
 from xrdfast.data.store import PatternStore
 from xrdfast.data.structures import PackedStructures, analyse_symmetry, load_structures
 from xrdfast.errors import InputError
+from xrdfast.lines import simulate_structure_lines
 from xrdfast.models import SymmetryModel
 from xrdfast.ops.preprocess import sticks_to_grid
-from xrdfast.ops.simulate import STATUS_REASONS, simulate_lines
 from xrdfast.posterior import Calibration, JointPosterior, joint_posterior
 from xrdfast.symmetry import SYMBOLS, class_index, class_names
 
@@ -40,9 +40,10 @@ SUPERCLASSES = (
 )
 _BATCH = 128
 _SHOWN_GROUPS = 3  # of an extinction group
-# A stated wavelength this near the weighted mean of a K-alpha doublet means the doublet: 1.5418, 1.54184, 1.542.
+# A stated wavelength this near the weighted mean of a K-alpha doublet means the doublet: 1.5418, 1.54184.
 _SAME_WAVELENGTH = 2e-4
-# A K-alpha 2 satellite: degrees from its computed place, and its share of the K-alpha 1 height (0.5 in theory).
+# A K-alpha 2 satellite: degrees from its computed place, and its share of the K-alpha 1 height (0.5 in
+# theory).
 _SATELLITE_REACH = 0.03
 _SATELLITE_SHARE = (0.3, 0.7)
 
@@ -54,7 +55,7 @@ class Candidate:
     space_group_number: int
     symbol: str
     probability: float
-    superclasses: dict[str, str]  # by level of SUPERCLASSES; an extinction group is named by its group numbers
+    superclasses: dict[str, str]  # by level of SUPERCLASSES; an extinction group is named by group numbers
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Pattern:
     two_theta: NDArray[np.float64]  # (n_lines,) degrees
     intensity: NDArray[np.float64]  # (n_lines,), the strongest line inside the model's range = 100
     hkl: NDArray[np.int64] | None = None  # (n_lines, 3) in the standard setting, where a structure was given
-    scan: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None  # degrees on the model's axis, intensity
+    scan: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None  # degrees on that axis, intensity
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Prediction:
         wavelength_source: how that is known: "stated", "assumed" or "simulated".
         notes: what was done to the pattern, one sentence each.
         pattern: what the model saw.
-        true_number: space group of the structure by spglib at 0.1 Angstrom, for a round trip; 0 where unknown.
+        true_number: space group of the structure by spglib at 0.1 Angstrom, for a round trip; else 0.
     """
 
     candidates: tuple[Candidate, ...]
@@ -107,16 +108,6 @@ class Prediction:
             },
             "notes": list(self.notes),
         }
-
-
-@dataclass(frozen=True)
-class StructureLines:
-    """Diffraction lines of one structure as people read them: hkl in the standard setting."""
-
-    two_theta: NDArray[np.float64]  # (n_lines,) degrees
-    d_spacing: NDArray[np.float64]  # (n_lines,) Angstrom
-    intensity: NDArray[np.float64]  # (n_lines,), strongest = 100
-    hkl: NDArray[np.int64]  # (n_lines, 3); R groups in hexagonal axes
 
 
 class SymmetryPredictor:
@@ -160,7 +151,7 @@ class SymmetryPredictor:
             wavelength = wavelength_of(card.wavelength)
             folds = tuple(card.config.get("data", {}).get("folds_validation", ()))
         except (AttributeError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: card: must describe grid, wavelength, calibration, got {error}") from error
+            raise InputError(f"{path}: card: must describe the model's axis, got {error}") from error
         return cls(load_model(path, device), grid, wavelength, calibration, folds)
 
     def posterior(self, intensity: Tensor) -> JointPosterior:
@@ -274,8 +265,8 @@ class SymmetryPredictor:
     ) -> Prediction:
         """Answers for a scan, through its peaks.
 
-        The weighted mean of a K-alpha doublet means the doublet: peaks are read with K-alpha 1, and satellites
-        where K-alpha 2 must be are left out.
+        The weighted mean of a K-alpha doublet means the doublet: peaks are read with K-alpha 1, and
+        satellites where K-alpha 2 must be are left out.
 
         Args:
             two_theta: degrees, rising, equally spaced.
@@ -291,8 +282,8 @@ class SymmetryPredictor:
         wavelength = radiations()["CuKa"] if wavelength is None else wavelength_of(wavelength)
         place, height = find_peaks(two_theta, intensity)
         notes = [
-            f"read as a scan of {len(two_theta)} points; no model is trained on scans yet: its {len(place)} peaks "
-            "go to a model of lines"
+            f"read as a scan of {len(two_theta)} points; no model is trained on scans yet, so its "
+            f"{len(place)} peaks go to a model of lines"
         ]
         if anode := _doublet_anode(wavelength):
             wavelength, second = radiations()[f"{anode}Ka1"], radiations()[f"{anode}Ka2"]
@@ -351,8 +342,8 @@ class SymmetryPredictor:
         inside = (moved >= low) & (moved < high)
         if not (inside.any() and intensity[inside].max() > 0.0):
             raise ValueError(
-                f"two_theta: must have a line within {low:g}..{high:g} degrees at {self.wavelength:.5f} Angstrom, "
-                "got none"
+                f"two_theta: must have a line within {low:g}..{high:g} degrees at {self.wavelength:.5f} "
+                "Angstrom, got none"
             )
         if not inside.all():
             notes.append(f"{int((~inside).sum())} lines outside {low:g}..{high:g} degrees left out")
@@ -401,70 +392,14 @@ def spoken_classes(level: str, name: str) -> str:
     return f"{', '.join(parts[:_SHOWN_GROUPS])} + {len(parts) - _SHOWN_GROUPS}"
 
 
-def simulate_structure_lines(
-    structure: PackedStructures,
-    *,
-    wavelength: float,
-    two_theta_min: float = 5.0,
-    two_theta_max: float = 90.0,
-    form_factors: str = "pymatgen",
-    dispersion: bool = False,
-) -> StructureLines:
-    """Merged lines of one structure with hkl in spglib's standard setting.
-
-    Each line is named by the equivalent reflection of its strongest-index family that comes last in lexical
-    order: 111 rather than -11-1.
-
-    Args:
-        structure: one, with rotations and `to_standard` (`analyse_symmetry`); without them hkl stay those of the
-            given cell.
-        wavelength, two_theta_min, two_theta_max, form_factors, dispersion: as in
-            `xrdfast.ops.simulate.simulate_lines`.
-
-    Raises:
-        ValueError: for another number of structures, or one that cannot be simulated.
-    """
-    if len(structure) != 1:
-        raise ValueError(f"structure: must be one, got {len(structure)}")
-    lines = simulate_lines(
-        structure,
-        wavelength=wavelength,
-        two_theta_min=two_theta_min,
-        two_theta_max=two_theta_max,
-        form_factors=form_factors,
-        dispersion=dispersion,
-    )
-    status = int(lines.status[0])
-    if status:
-        raise ValueError(f"structure: must diffract, got: {STATUS_REASONS[status]}")
-    return StructureLines(
-        lines.two_theta.numpy(),
-        lines.d_spacing.numpy(),
-        lines.intensity.numpy(),
-        _standard_hkl(structure, lines.hkl.numpy()),
-    )
-
-
-def _standard_hkl(structure: PackedStructures, hkl: NDArray[np.int16]) -> NDArray[np.int64]:
-    """(n, 3) of the last equivalent reflection in the standard setting: hkl_standard = hkl P^-1."""
-    to_standard = structure.to_standard[0].numpy()
-    if not np.isfinite(to_standard).all():
-        return hkl.astype(np.int64)
-    images = np.einsum("ni,rij->nrj", hkl.astype(np.float64), structure.rotations.numpy().astype(np.float64))
-    images = np.concatenate([images, -images], axis=1) @ np.linalg.inv(to_standard)
-    whole = np.rint(images).astype(np.int64) + 512
-    code = (whole[..., 0] << 20) + (whole[..., 1] << 10) + whole[..., 2]
-    last = code.argmax(axis=1)
-    return whole[np.arange(len(hkl)), last] - 512
-
-
 def _checked_lines(
     op: str, two_theta: ArrayLike, intensity: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     two_theta, intensity = np.asarray(two_theta, np.float64), np.asarray(intensity, np.float64)
     if two_theta.ndim != 1 or two_theta.shape != intensity.shape or len(two_theta) == 0:
         raise ValueError(
-            f"{op}: two_theta, intensity must be (n_lines,) and not empty, got {two_theta.shape}, {intensity.shape}"
+            f"{op}: two_theta, intensity must be (n_lines,) and not empty, "
+            f"got {two_theta.shape}, {intensity.shape}"
         )
     if not ((two_theta > 0.0) & (two_theta < 180.0)).all():
         raise ValueError(f"{op}: two_theta must be between 0 and 180 degrees, got other values")
@@ -499,7 +434,8 @@ def _satellites(
     nearest = np.where(expected - two_theta[right - 1] < two_theta[right] - expected, right - 1, right)
     share = height[nearest] / height
     fits = np.abs(two_theta[nearest] - expected) < _SATELLITE_REACH
-    fits &= (share > _SATELLITE_SHARE[0]) & (share < _SATELLITE_SHARE[1]) & (nearest != np.arange(len(two_theta)))
+    fits &= (share > _SATELLITE_SHARE[0]) & (share < _SATELLITE_SHARE[1])
+    fits &= nearest != np.arange(len(two_theta))
     satellite[nearest[fits]] = True
     return satellite
 

@@ -1,11 +1,12 @@
 """The plot of one answer: the pattern, the ranked space groups, the crystal systems.
 
-For print: vector fonts, colours that the colour-blind and a grey copier tell apart (Okabe & Ito, 2008). Not for tables
-(`xrdfast.cli`) and not for plots of many patterns.
+For print: text stays text in PDF and SVG, and colour-blind readers and grey copiers tell the colours apart
+(Okabe & Ito, 2008). Not for tables (`xrdfast.cli`) or plots of many patterns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,8 @@ def save_plot(prediction: Prediction, path: str | Path, *, title: str = "") -> N
     path = Path(path)
     kind = path.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
-        raise InputError(f"{path}: plot: must end in .{', .'.join(FORMATS)}, got {path.suffix or 'no suffix'}")
+        got = path.suffix or "no suffix"
+        raise InputError(f"{path}: plot: must end in .{', .'.join(FORMATS)}, got {got}")
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
@@ -148,17 +150,25 @@ def _draw_systems(axes: Axes, prediction: Prediction) -> None:
     shares = dict(prediction.superclasses["crystal_system"])
     number = prediction.true_number
     system = CRYSTAL_SYSTEMS[CRYSTAL_SYSTEM_INDEX[number - 1]] if number else None
-    _draw_bars(axes, CRYSTAL_SYSTEMS, [shares[n] for n in CRYSTAL_SYSTEMS], [n == system for n in CRYSTAL_SYSTEMS])
+    marked = [name == system for name in CRYSTAL_SYSTEMS]
+    _draw_bars(axes, CRYSTAL_SYSTEMS, [shares[name] for name in CRYSTAL_SYSTEMS], marked)
     axes.set_title("crystal system", loc="left", fontsize=8.0)
 
 
-def _draw_bars(axes: Axes, names: list[str] | tuple[str, ...], shares: list[float], marked: list[bool]) -> None:
+def _draw_bars(axes: Axes, names: Sequence[str], shares: list[float], marked: list[bool]) -> None:
     """Horizontal bars of probabilities with their numbers; the marked one is the known truth."""
     places = np.arange(len(names))
     axes.barh(places, shares, height=0.62, color=[_ORANGE if m else _BLUE for m in marked])
     for place, share, mark in zip(places.tolist(), shares, marked, strict=True):
         text = f"{100.0 * share:.1f} %" + (", true" if mark else "")
-        axes.annotate(text, (share, place), xytext=(3, 0), textcoords="offset points", va="center_baseline", fontsize=7.0)
+        axes.annotate(
+            text,
+            (share, place),
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center_baseline",
+            fontsize=7.0,
+        )
     axes.set_yticks(places, names)
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
@@ -169,11 +179,11 @@ def _draw_bars(axes: Axes, names: list[str] | tuple[str, ...], shares: list[floa
 
 
 def symbol_text(symbol: str) -> str:
-    """A Hermann-Mauguin symbol as matplotlib's mathtext, with bars and screw axes.
+    r"""A Hermann-Mauguin symbol as matplotlib's mathtext, with bars and screw axes.
 
     Example:
         >>> symbol_text("P2_1/c"), symbol_text("Fm-3m")
-        ('$P2_{1}/c$', '$Fm\\\\overline{3}m$')
+        ('$P2_{1}/c$', '$Fm\\overline{3}m$')
     """
     if symbol not in SYMBOLS:
         raise ValueError(f"symbol_text: symbol must be one of `xrdfast.symmetry.SYMBOLS`, got {symbol!r}")

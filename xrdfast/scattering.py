@@ -115,7 +115,7 @@ def dispersion_table(wavelength: float) -> tuple[NDArray[np.float64], NDArray[np
         wavelength: Angstrom, finite and > 0.
 
     Returns:
-        Two arrays (N_ELEMENTS,); zero for row 0, and beyond Z = 92, where the source ends.
+        Two arrays (N_ELEMENTS,); zero for row 0, NaN beyond Z = 92, where the source ends.
 
     Raises:
         ValueError: for a wavelength that is not finite and positive.
@@ -128,7 +128,8 @@ def dispersion_table(wavelength: float) -> tuple[NDArray[np.float64], NDArray[np
         raise ValueError(f"dispersion_table: wavelength must be finite and > 0 Angstrom, got {wavelength}")
     import gemmi
 
-    f_prime, f_double_prime = np.zeros((2, N_ELEMENTS))
-    for z in range(1, 93):
+    f_prime, f_double_prime = np.full((2, N_ELEMENTS), np.nan)
+    f_prime[0] = f_double_prime[0] = 0.0
+    for z in range(1, 93):  # gemmi answers 0 beyond, where f'' is above 10 electrons
         f_prime[z], f_double_prime[z] = gemmi.cromer_liberman(z=z, energy=_HC / wavelength)
     return f_prime, f_double_prime

@@ -58,7 +58,9 @@ def training_bar(title: str) -> Iterator[Callable[[dict[str, Any]], None]]:
         yield follow
 
 
-def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[int] = ()) -> None:
+def print_table(
+    headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[int] = ()
+) -> None:
     """Prints rows of texts under their headers; the columns in `right` are aligned to the right."""
     table = Table(box=box.SIMPLE_HEAD)
     for i, name in enumerate(headers):

@@ -186,6 +186,10 @@ def test_mixed_and_copied_sites(tmp_path):
     assert torch.equal(mixed.fractional[0], mixed.fractional[1])
     valences = one(tmp_path, CUBIC, P1, occupied + "Fe1 0 0 0 0.4\nFe2 0 0 0 0.6\n")
     assert valences.occupancy.tolist() == [0.4, 0.6]
+    overshoot = one(tmp_path, CUBIC, P1, occupied + "Fe1 0 0 0 0.55\nMg1 0 0 0 0.54\n")
+    assert overshoot.occupancy.tolist() == [0.55, 0.54]
+    twice = one(tmp_path, CUBIC, P1, occupied + "Fe1 0 0 0 0.9\nFe1 0 0 0 0.9\n")
+    assert twice.occupancy.tolist() == [0.9]
     everything = (
         SITES + "Na 0 0 0\nNa 0 .5 .5\nNa .5 0 .5\nNa .5 .5 0\nCl .5 .5 .5\nCl .5 0 0\nCl 0 .5 0\nCl 0 0 .5\n"
     )
@@ -346,6 +350,7 @@ def test_text_of_other_encodings(tmp_path):
         ((CUBIC, OPERATORS + "x,x,z\n", SALT), "symmetry operator: must be like"),
         ((CUBIC, OPERATORS + "2x,y,z\n", SALT), "symmetry operator: must be like"),
         ((CUBIC, OPERATORS + ".\n", SALT), "symmetry operator: must be like"),
+        ((CUBIC, OPERATORS + "x" + "+0" * 100 + ",y,z\n", SALT), "symmetry operator: must be like"),
         ((CUBIC, OPERATORS + "x,y,z\n" * 1025, SALT), "symmetry operators: must be at most 1024, got 1025"),
         ((CUBIC, P1, SITES + "Na 1e300 0 0\n"), "Na: coordinates: must be finite, below 1000, got 1e300 0 0"),
         ((CUBIC, P1, SITES + "Na zero 0 0\n"), "Na: coordinates: must be finite"),
@@ -354,6 +359,14 @@ def test_text_of_other_encodings(tmp_path):
             r"Na: occupancy: must be in 0..1.1, got 1.5",
         ),
         ((CUBIC, P1, SITES + "_atom_site_occupancy\nNa 0 0 0 -1\n"), "Na: occupancy: must be in"),
+        (
+            (CUBIC, P1, SITES + "Na 0 0 .5\nK 0 0 .5\n"),
+            "occupancy: must sum to at most 1.1 at a place, got 2 at 0.0000 0.0000 0.5000",
+        ),
+        (
+            (CUBIC, P1, SITES + "_atom_site_occupancy\nNa 0 0 0 .7\nNa 0 0 0 .5\n"),
+            "occupancy: must sum to at most 1.1 at a place, got 1.2",
+        ),
         ((CUBIC, P1, SITES + "_atom_site_occupancy\nNa 0 0 0 full\n"), "Na: occupancy: must be in"),
         ((CUBIC, P1, "_atom_site_fract_x 0\n_atom_site_label Na\n"), "atoms: must have three coordinates"),
         ((CUBIC, P1, SITES + "Na 0 0 0\n" * 20_001), "atoms: must be at most 20000, got 20001 listed"),

@@ -73,6 +73,8 @@ def test_layouts(tmp_path, content):
         ("10 1\n20 2 3 4\n", "line 2: must be two or three numbers, got 4 columns"),
         ("16.0 0.03 136.0\n649 609 622 618\n", "line 2: must be two or three numbers, got 4 columns"),
         ("10 1_000\n20 2_000\n", "points: must be at least 2"),
+        ("10 1\n20 " + "0" * 1000 + "2\n30 1\n", "line 2: must be two or three numbers, got '20 000"),
+        ("1 " * 1_000_000, "points: must be at least 2"),
         ("20,02 49\n20,04 39\n", "points: must be at least 2"),
         ("10 1\n20 2\x00\n", "line 2: must be text, got a NUL byte"),
         (b"10 1\n20 2 \xb0\n", "file: must be UTF-8 text, got byte 0xb0"),

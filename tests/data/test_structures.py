@@ -1,7 +1,8 @@
-"""Packed structures: archives, faults, saving, conversion, indexing and symmetry."""
+"""Packed structures: archives, faults, saving, conversion and indexing."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import ase
@@ -14,11 +15,9 @@ from pymatgen.core import Composition, DummySpecies, Lattice, Structure
 
 from xrdfast.data import packed_npz
 from xrdfast.data.files import save_checked
-from xrdfast.data.labels import Cell, merge_sites
 from xrdfast.data.structures import (
     FORMAT,
     PackedStructures,
-    analyse_symmetry,
     from_arrays,
     from_ase,
     from_pymatgen,
@@ -325,6 +324,19 @@ def test_indexing_with_numbers():
             structures[index]
 
 
+def test_windows_are_views_of_windows():
+    structures = random_structures(9)
+    whole = structures[np.arange(9)]
+    assert equal(structures[2:8][1:5][-2], whole[[5]]) and equal(copy.copy(structures[3:5]), whole[[3, 4]])
+    one = structures[4]
+    assert one.fractional.data_ptr() == structures.fractional[structures.offset[4] :].data_ptr()
+    with pytest.raises(AttributeError, match="PackedStructures has no attribute 'atoms'"):
+        _ = one.atoms
+    assert not hasattr(structures, "atoms")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.lattice = structures.lattice
+
+
 def test_concatenate_needs_parts():
     with pytest.raises(ValueError, match="concatenate: parts must be at least one"):
         PackedStructures.concatenate([])
@@ -380,74 +392,3 @@ def test_atomic_numbers_that_do_not_fit_are_refused():
 )
 def test_reduced_formula(numbers, occupancy, formula):
     assert reduced_formula(numbers, occupancy) == formula
-
-
-def test_mixed_rows_are_one_site():
-    fractional = np.array([[0, 0, 0], [1.0 - 1e-9, 0, 0], [0.5, 0.5, 0.5]])
-    cell = Cell(3.0 * np.eye(3), fractional, np.array([12, 26, 8]), np.array([0.3, 0.7, 1.0]))
-    places, kinds = merge_sites(cell)
-    assert len(places) == 2 and kinds[0] != kinds[1]
-
-
-def test_symmetry_of_shared_structures(shared_data):
-    rng = np.random.default_rng(5)
-    chosen = []
-    for name in SETS:
-        source = np.load(shared_data / f"{name}.npz")
-        small = np.flatnonzero(np.diff(source["offset"]) <= 150)
-        structures, rejected = load_structures(shared_data / f"{name}.npz")
-        small = small[small < len(structures) - len(rejected)]
-        chosen.append(structures[rng.choice(small, 38, replace=False)])
-    structures = PackedStructures.concatenate(chosen)
-    blank = dataclasses.replace(
-        structures,
-        space_group_001=torch.zeros_like(structures.space_group_001),
-        space_group_01=torch.zeros_like(structures.space_group_01),
-    )
-    calls = []
-    found = analyse_symmetry(blank, n_workers=1, progress=lambda *done: calls.append(done))
-    assert calls[-1] == (len(structures), len(structures))
-    for label in ("space_group_001", "space_group_01"):
-        assert (getattr(found, label) == getattr(structures, label)).double().mean() >= 0.99
-    for one in found:
-        metric = one.lattice[0] @ one.lattice[0].T
-        w = one.rotations.double()
-        assert 1 <= len(w) <= 48
-        # the lengths of the axes change by no more than the tolerance allows
-        change = (w.transpose(1, 2) @ metric @ w - metric).abs().amax((1, 2))
-        assert (change <= 2.0 * 0.2 * metric.diagonal().sqrt().max()).all()
-        assert torch.equal(torch.linalg.det(w).abs().round(), torch.ones(len(w)).double())
-        assert torch.isfinite(one.to_standard).all()
-
-
-def test_symmetry_in_processes_is_the_same():
-    lattices = [np.diag([4.0, 4.0, 4.0 + 0.5 * (i % 3)]) for i in range(300)]
-    two = np.array([[0, 0, 0], [0.5, 0.5, 0.5]])
-    atoms = [(np.array([11, 17]), two, np.ones(2), np.zeros(2)) for _ in lattices]
-    structures = from_arrays(lattices, atoms, [str(i) for i in range(300)])
-    alone = analyse_symmetry(structures, n_workers=1)
-    assert equal(analyse_symmetry(structures, n_workers=2), alone)
-    assert alone.space_group_01.tolist() == [221, 123, 123] * 100
-    given = analyse_symmetry(dataclasses.replace(structures, space_group_001=alone.space_group_001 * 0 + 1))
-    assert (
-        given.space_group_001.tolist() == [1] * 300 and given.space_group_01.tolist() == [221, 123, 123] * 100
-    )
-
-
-def test_standardisation_maps_reflections():
-    # a cell with doubled axes named c, a, b: hkl of the standard cell = hkl inv(P)
-    lattice = np.diag([6.0, 3.0, 4.0])
-    atoms = (np.array([14, 8]), np.array([[0, 0, 0], [0.5, 0.0, 0.0]]), np.ones(2), np.zeros(2))
-    one = analyse_symmetry(from_arrays([lattice], [atoms], ["a"]), n_workers=1)
-    transformation = one.to_standard[0].numpy()
-    standard = (lattice.T @ np.linalg.inv(transformation)).T
-    hkl = np.array([2, -1, 3])
-    d = 1.0 / np.linalg.norm(np.linalg.inv(lattice) @ hkl)
-    d_standard = 1.0 / np.linalg.norm(np.linalg.inv(standard) @ (hkl @ np.linalg.inv(transformation)))
-    assert d == pytest.approx(d_standard)
-
-
-def test_symmetry_that_cannot_be_found_is_none():
-    atoms = (np.array([14, 14]), np.array([[0, 0, 0], [1e-4, 0, 0]]), np.ones(2), np.zeros(2))
-    one = analyse_symmetry(from_arrays([3.0 * np.eye(3)], [atoms], ["too close"]), n_workers=1)
-    assert one.space_group_01.tolist() == [0] and len(one.rotations) == 0 and one.to_standard.isnan().all()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _MAX_BYTES = 64 << 20
 _MAX_BLOCKS = 1000
 _MAX_SITES = 20_000  # of one cell, after expansion
+_MAX_OPERATOR = 200  # characters
 _MAX_OPERATORS = 1024  # 192 in the largest conventional cell; more in a supercell that lists its translations
 _MAX_IMAGES = 200_000  # sites times operators, before images that fall together are merged
 _SAME_PLACE = 0.01  # Angstrom
@@ -91,8 +92,9 @@ def read_cif(path: str | Path) -> tuple[PackedStructures, list[Rejected]]:
     and the number in its reference setting. Images of a site within 0.01 Angstrom of each other are one atom,
     at their mean. Sites of different elements or of partial occupancy that share a place stay several rows,
     with equal coordinates; a second full copy of an element at a place (all atoms listed beside operators) is
-    dropped. Missing occupancies are 1, missing displacements B = 0, missing angles 90 degrees, as the CIF
-    dictionary has it. An unquoted `P 1` and a block name of several words are repaired.
+    dropped; a place with more than 1.1 atoms is refused. Missing occupancies are 1, missing displacements
+    B = 0, missing angles 90 degrees, as the CIF dictionary has it. An unquoted `P 1` and a block name of
+    several words are repaired.
 
     Args:
         path: a text file of at most 64 MB, with at most 1,000 blocks and 20,000 atoms a cell.
@@ -314,7 +316,7 @@ def _parse_operator(text: str) -> NDArray[np.float64]:
 
     Gemmi's parser refuses what a supercell needs: denominators other than those of 24.
     """
-    rows = re.sub(r"[\s'\"()]", "", text).split(",")
+    rows = re.sub(r"[\s'\"()]", "", text[: _MAX_OPERATOR + 1]).split(",")
     operator = np.zeros((3, 4))
     for row, expression in enumerate(rows[:3]):
         position = 0
@@ -331,7 +333,7 @@ def _parse_operator(text: str) -> NDArray[np.float64]:
     exact = np.round(operator[:, 3] * 24.0) / 24.0
     operator[:, 3] = np.where(np.abs(operator[:, 3] - exact) < 1e-3, exact, operator[:, 3])
     determinant = np.linalg.det(operator[:, :3]) if np.isfinite(operator).all() else 0.0
-    if len(rows) != 3 or abs(abs(determinant) - 1.0) > 1e-6:
+    if len(text) > _MAX_OPERATOR or len(rows) != 3 or abs(abs(determinant) - 1.0) > 1e-6:
         raise InputError(f"symmetry operator: must be like '-x, y+1/2, z', got {text[:60]!r}")
     return operator
 
@@ -354,13 +356,19 @@ def _expand(sites: _Sites, lattice: NDArray, rotations: NDArray, translations: N
         raise InputError(f"atoms: must be at most {_MAX_SITES} a cell, got {len(kept)}")
     mean = np.stack([np.bincount(first, shift[:, axis], len(first)) for axis in range(3)], 1)[kept]
     fractional, site = _wrap(images[kept] + mean / count[kept, None]), site[kept]
-    # Rows at one place get equal coordinates; copies of a full site go.
+    # Rows at one place get equal coordinates; copies of a full site, equal in element and occupancy, go.
     place = _same_places(fractional, lattice, np.zeros(len(site), dtype=np.int64))
     number, occupancy = sites.atomic_number[site], sites.occupancy[site]
     _, lead, kind = np.unique(place * 128 + number, return_index=True, return_inverse=True)
     kind = kind.reshape(-1)
     copied = np.bincount(kind, occupancy)[kind] > _FULL_OCCUPANCY
+    copied &= np.abs(occupancy - occupancy[lead[kind]]) < 0.01
     row = np.flatnonzero(~copied | (lead[kind] == np.arange(len(site))))
+    total = np.bincount(place[row], occupancy[row])
+    if len(total) and total.max() > _FULL_OCCUPANCY:
+        where = " ".join(f"{x:.4f}" for x in fractional[total.argmax()])
+        rule = f"must sum to at most {_FULL_OCCUPANCY} at a place"
+        raise InputError(f"occupancy: {rule}, got {total.max():.3g} at {where}")
     return _Sites(number[row], fractional[place[row]], occupancy[row], sites.b_iso[site[row]])
 
 

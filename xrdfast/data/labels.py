@@ -6,10 +6,14 @@ moment. Not for tables of space groups (`xrdfast.symmetry`).
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import numpy as np
@@ -84,7 +88,7 @@ def find_symmetry(cell: Cell, symprec: Sequence[float]) -> Symmetry:
             dataset = None
         numbers.append(int(dataset.number) if dataset is not None else 0)
     if dataset is None:
-        return Symmetry(tuple(numbers), np.zeros((0, 3, 3), np.int8), np.full((3, 3), np.nan))
+        return _nothing(tuple(numbers))
     rotations = np.unique(np.asarray(dataset.rotations, dtype=np.int8).reshape(-1, 9), axis=0)
     return Symmetry(
         tuple(numbers),
@@ -102,6 +106,8 @@ def find_symmetries(
 ) -> list[Symmetry]:
     """`find_symmetry` of many structures, in their order, over processes.
 
+    A structure whose process dies (spglib is C, and memory can run out) has no symmetry; the others go on.
+
     Args:
         cells: N structures.
         symprec: tolerances in Angstrom.
@@ -117,13 +123,17 @@ def find_symmetries(
             if progress:
                 progress(len(found), len(cells))
         return found
-    # forkserver: a fork of a process with OpenMP threads can hang, and a fresh interpreter is light here.
-    context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(n_workers, mp_context=context) as pool:
-        for part in pool.map(_run, tasks, [tuple(symprec)] * len(tasks)):
-            found += part
+    pool, running = _start(tasks, tuple(symprec), n_workers)
+    try:
+        for task, future in zip(tasks, running, strict=True):
+            try:
+                found += future.result()
+            except BrokenProcessPool:
+                found += _run_apart(task, tuple(symprec))
             if progress:
                 progress(len(found), len(cells))
+    finally:
+        pool.shutdown(cancel_futures=True)
     return found
 
 
@@ -138,6 +148,47 @@ def _tasks(cells: Sequence[Cell]) -> Iterator[list[Cell]]:
             task, n_atoms = [], 0
     if task:
         yield task
+
+
+def _start(
+    tasks: list[list[Cell]], symprec: tuple[float, ...], n_workers: int
+) -> tuple[ProcessPoolExecutor, list[Future[list[Symmetry]]]]:
+    # forkserver: a fork of a process with OpenMP threads can hang, and a fresh interpreter is light here.
+    pool = ProcessPoolExecutor(n_workers, mp_context=multiprocessing.get_context("forkserver"))
+    with _hidden_main():  # processes start at submission
+        return pool, [pool.submit(_run, task, symprec) for task in tasks]
+
+
+@contextlib.contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Keeps new processes from importing the main script, which they do not need.
+
+    Without its own guard, it would start all over again in each of them.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _run_apart(cells: list[Cell], symprec: tuple[float, ...]) -> list[Symmetry]:
+    """In a process of its own; where that dies, in halves, down to the structure that ends it."""
+    pool, running = _start([cells], symprec, 1)
+    try:
+        return running[0].result()
+    except BrokenProcessPool:
+        if len(cells) == 1:
+            return [_nothing((0,) * len(symprec))]
+        half = len(cells) // 2
+        return [*_run_apart(cells[:half], symprec), *_run_apart(cells[half:], symprec)]
+    finally:
+        pool.shutdown()
+
+
+def _nothing(numbers: tuple[int, ...]) -> Symmetry:
+    return Symmetry(numbers, np.zeros((0, 3, 3), np.int8), np.full((3, 3), np.nan))
 
 
 def _run(cells: list[Cell], symprec: tuple[float, ...]) -> list[Symmetry]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from xrdfast.errors import InputError
 
 _MAX_BYTES = 200_000_000
 _MAX_POINTS = 10_000_000
+_MAX_LINE = 1000  # characters of a point; a longer line is text
 _SCAN_POINTS = 1000  # a list of more equally spaced points than this is a scan
 _DIP = 0.05  # of the maximum: a background-corrected scan goes this far below zero
 _COMMENT = ("#", "!", "*", "%", "/", "'", ";")
@@ -178,17 +180,16 @@ def _read_points(path: Path) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         if (size := path.stat().st_size) > _MAX_BYTES:
             raise InputError(f"{path}: size: must be at most {_MAX_BYTES} bytes, got {size}")
         with open(path, encoding="utf-8-sig") as file:
-            values = list(_rows(path, file))
+            table = np.fromiter(itertools.chain.from_iterable(_rows(path, file)), np.float64).reshape(-1, 3)
     except OSError as error:
         raise InputError(f"{path}: file: must be readable, got {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         got = f"byte 0x{error.object[error.start]:02x}"
         raise InputError(f"{path}: file: must be UTF-8 text, got {got}") from error
-    if len(values) < 2:
+    if len(table) < 2:
         raise InputError(
-            f"{path}: points: must be at least 2 lines of two or three numbers, got {len(values)}"
+            f"{path}: points: must be at least 2 lines of two or three numbers, got {len(table)}"
         )
-    table = np.array(values, dtype=np.float64)
     return table[:, 1:], table[:, 0].astype(np.int64)
 
 
@@ -201,7 +202,7 @@ def _rows(path: Path, file: Iterator[str]) -> Iterator[tuple[int, float, float]]
         text = line.strip()
         if not text or text.startswith(_COMMENT):
             continue
-        fields = _split(text)
+        fields = _split(text) if len(text) <= _MAX_LINE else [text]
         try:
             values = [_to_float(field) for field in fields]
         except ValueError:

@@ -139,9 +139,10 @@ class StoreWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            with self._refusals():
+            # The stack closes every stream, also where another has no space left.
+            with self._refusals(), contextlib.ExitStack() as closing:
                 for stream in self._streams.values():
-                    stream.close()
+                    closing.callback(stream.close)
             if kind is None:
                 self._assemble()
         finally:

@@ -48,6 +48,7 @@ _PER_ATOM = {
     "b_iso": ((), torch.float64),
 }
 _STRINGS = ("ids", "formula", "family")
+_FIELDS = {*_PER_STRUCTURE, *_PER_ATOM, *_STRINGS, "offset", "rotation_offset", "rotations"}
 
 
 class Rejected(NamedTuple):
@@ -120,21 +121,27 @@ class PackedStructures:
         )
 
     def _window(self, begin: int, end: int) -> PackedStructures:
-        """Structures begin..end as views; on the path of every single-structure call, so unchecked."""
-        first, last = int(self.offset[begin]), int(self.offset[end])
-        first_rotation, last_rotation = int(self.rotation_offset[begin]), int(self.rotation_offset[end])
+        """Structures begin..end, unchecked; a view is cut when asked for: all 15 would cost a simulation."""
         window = object.__new__(PackedStructures)
-        fields = window.__dict__
-        fields["offset"] = self.offset[begin : end + 1] - first
-        fields["rotation_offset"] = self.rotation_offset[begin : end + 1] - first_rotation
-        fields["rotations"] = self.rotations[first_rotation:last_rotation]
-        for name in _PER_ATOM:
-            fields[name] = getattr(self, name)[first:last]
-        for name in _PER_STRUCTURE:
-            fields[name] = getattr(self, name)[begin:end]
-        for name in _STRINGS:
-            fields[name] = getattr(self, name)[begin:end]
+        window.__dict__["_source"] = (self, begin, end)
         return window
+
+    def __getattr__(self, name: str) -> Tensor | list[str]:
+        if "_source" not in self.__dict__ or name not in _FIELDS:
+            raise AttributeError(f"PackedStructures has no attribute {name!r}")
+        source, begin, end = self.__dict__["_source"]
+        fields = self.__dict__
+        if name in ("offset", "rotation_offset"):
+            bounds = getattr(source, name)[begin : end + 1]
+            fields[name] = bounds - bounds[0]
+        elif name == "rotations":
+            fields[name] = source.rotations[source.rotation_offset[begin] : source.rotation_offset[end]]
+        elif name in _PER_ATOM:
+            first, last = int(source.offset[begin]), int(source.offset[end])
+            fields.update({key: getattr(source, key)[first:last] for key in _PER_ATOM})
+        else:
+            fields[name] = getattr(source, name)[begin:end]
+        return fields[name]
 
     def __iter__(self) -> Iterator[PackedStructures]:
         return (self._window(i, i + 1) for i in range(len(self)))
@@ -163,32 +170,24 @@ class PackedStructures:
 
     def faults(self) -> dict[int, str]:
         """Structures that cannot be simulated, by row, each with the rule it breaks: field, rule, value."""
-        bounds = self.offset
-        structure = torch.repeat_interleave(torch.arange(len(self)), bounds.diff())
+        counts, number, share = self.offset.diff(), self.atomic_number.long(), self.occupancy
+        structure = torch.repeat_interleave(torch.arange(len(self)), counts)
         volume = torch.linalg.det(torch.nan_to_num(self.lattice)).abs()
         lattice_bad = ~torch.isfinite(self.lattice).all(2).all(1) | (volume < _MIN_VOLUME)
-        number = self.atomic_number.long()
-        rules = [
-            (self._rows_of(structure, ~torch.isfinite(self.fractional).all(1)), "fractional: must be finite"),
+        atom_rules = [
+            (~torch.isfinite(self.fractional).all(1), "fractional: must be finite"),
             (
-                self._rows_of(structure, (number < 1) | (number > MAX_ATOMIC_NUMBER)),
+                (number < 1) | (number > MAX_ATOMIC_NUMBER),
                 f"atomic_number: must be in 1..{MAX_ATOMIC_NUMBER}",
             ),
-            (
-                self._rows_of(structure, ~((self.occupancy >= 0) & (self.occupancy <= _MAX_OCCUPANCY))),
-                f"occupancy: must be in 0..{_MAX_OCCUPANCY}",
-            ),
-            (
-                self._rows_of(structure, ~(self.b_iso.abs() < 1000.0)),
-                "b_iso: must be finite, below 1000 Angstrom^2",
-            ),
-            (bounds.diff() == 0, "atoms: must be at least one"),
-            (lattice_bad, f"lattice: must be finite with a volume of at least {_MIN_VOLUME} Angstrom^3"),
+            (~((share >= 0) & (share <= _MAX_OCCUPANCY)), f"occupancy: must be in 0..{_MAX_OCCUPANCY}"),
+            (~(self.b_iso.abs() < 1000.0), "b_iso: must be finite, below 1000 Angstrom^2"),
         ]
-        return {row: rule for bad, rule in rules for row in bad.nonzero()[:, 0].tolist()}
-
-    def _rows_of(self, structure: Tensor, bad_atoms: Tensor) -> Tensor:
-        return torch.zeros(len(self), dtype=torch.bool).index_fill_(0, structure[bad_atoms], True)
+        rules = [(structure[bad].unique(), rule) for bad, rule in atom_rules]
+        lattice_rule = f"lattice: must be finite with a volume of at least {_MIN_VOLUME} Angstrom^3"
+        rules.append(((counts == 0).nonzero()[:, 0], "atoms: must be at least one"))
+        rules.append((lattice_bad.nonzero()[:, 0], lattice_rule))
+        return {row: rule for rows, rule in rules for row in rows.tolist()}
 
     def save(self, path: str | Path) -> None:
         """Writes a checked safetensors file, whole or not at all.
@@ -426,10 +425,8 @@ def reduced_formula(
         percent[int(z)] = percent.get(int(z), 0) + round(share * 100)
     divisor = reduce(math.gcd, percent.values(), 0) or 1
     symbols = element_symbols()
-    parts = (
-        (symbols[z] if z < N_ELEMENTS else "X", amount // divisor) for z, amount in sorted(percent.items())
-    )
-    return "".join(f"{symbol}{amount}" for symbol, amount in parts)
+    known = ((symbols[z] if z < N_ELEMENTS else "X", amount) for z, amount in sorted(percent.items()))
+    return "".join(f"{symbol}{amount // divisor}" for symbol, amount in known)
 
 
 def _ragged_rows(offset: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,7 @@ class PatchMerge(nn.Module):
 
 
 class SmallEncoder(nn.Module):
-    """Square root of the intensity in 4,096 bins of ln d, patches of 16 with a learned position, four mergers.
+    """Eighth root of the intensity in 4,096 bins of ln d, patches of 16 with a learned position, four mergers.
 
     Layer norm over the channels of each position, not batch norm, whose statistics mislead on nearly empty patterns.
     """
@@ -86,7 +86,9 @@ class SmallEncoder(nn.Module):
 
     def forward(self, intensity: Tensor) -> Tensor:
         """Returns features (n_patterns, n_features) from intensity (n_patterns, 8500), 0 to 100."""
-        amplitude = (0.01 * intensity).clamp(min=0).sqrt()  # weak lines decide between space groups
+        # Which weak lines are there decides between space groups: at equal size and training (100,000 patterns) the
+        # square root of the intensity gave 48 % top-1, the fourth root 54, the eighth 56.
+        amplitude = (0.01 * intensity).clamp(min=0).sqrt().sqrt().sqrt()
         bins = amplitude.new_zeros(len(amplitude), N_BINS)
         bins = bins.scatter_reduce(1, self.bin.expand(len(bins), -1), amplitude, "amax")
         x = F.gelu(self.stem(bins[:, :, None]) + self.position)

@@ -6,13 +6,15 @@ Not for measured scans with background and noise.
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from xrdfast import _native
-from xrdfast.ops import LIBRARY
+from xrdfast.ops import LIBRARY, device_stream
+from xrdfast.ops.reflections import MERGE_STEP, MIN_SCALED_INTENSITY, lorentz_polarisation
 
 if TYPE_CHECKING:
     from xrdfast.bragg import Grid
@@ -21,9 +23,6 @@ LIBRARY.define(
     "render_sticks(Tensor offset, Tensor hkl, Tensor multiplicity, Tensor f_squared, Tensor reciprocal_metric, "
     "Tensor b_overall, float wavelength, float two_theta_min, float two_theta_step, int n_points) -> Tensor"
 )
-
-_MERGE_STEP = 1e-5  # degrees 2theta, pymatgen's TWO_THETA_TOL
-_MIN_SCALED_INTENSITY = 1e-3  # of 100, pymatgen's SCALED_INTENSITY_TOL
 
 
 def render_sticks(
@@ -135,25 +134,54 @@ def render_sticks_reference(
     inside = (sin2 > 0) & (sin2 < 1) & (two_theta >= two_theta_min)
     inside &= two_theta < two_theta_min + two_theta_step * n_points
     pattern, two_theta, sin2, g2 = pattern[inside], two_theta[inside], sin2[inside], g2[inside]
-    lorentz_polarisation = (1.0 + (1.0 - 2.0 * sin2).square()) / (sin2 * torch.sqrt(1.0 - sin2))
-    strength = (multiplicity[inside].double() * f_squared[inside].double()) * lorentz_polarisation
+    strength = multiplicity[inside].double() * f_squared[inside].double() * lorentz_polarisation(sin2)
     strength = strength * torch.exp(-0.5 * b_overall[pattern] * g2)
-    key = pattern * math.ceil(180.0 / _MERGE_STEP) + (two_theta / _MERGE_STEP + 0.5).long()
+    key = pattern * math.ceil(180.0 / MERGE_STEP) + (two_theta / MERGE_STEP + 0.5).long()
     unique, line = torch.unique(key, return_inverse=True)
     line_strength = strength.new_zeros(len(unique)).index_add_(0, line, strength)
     line_angle = torch.full_like(line_strength, 180.0).scatter_reduce_(0, line, two_theta, "amin")
-    line_pattern = torch.div(unique, math.ceil(180.0 / _MERGE_STEP), rounding_mode="floor")
+    line_pattern = torch.div(unique, math.ceil(180.0 / MERGE_STEP), rounding_mode="floor")
     strongest = strength.new_zeros(n_patterns).scatter_reduce_(0, line_pattern, line_strength, "amax")[line_pattern]
     scaled = line_strength / strongest * 100.0
     # a pattern that is empty or not finite stays blank
-    keep = torch.isfinite(strongest) & (strongest > 0) & (scaled > _MIN_SCALED_INTENSITY)
+    keep = torch.isfinite(strongest) & (strongest > 0) & (scaled > MIN_SCALED_INTENSITY)
     point = ((line_angle - two_theta_min) * (1.0 / two_theta_step)).long().clamp(max=n_points - 1)
     patterns = strength.new_zeros(n_patterns * n_points)
     patterns.scatter_reduce_(0, (line_pattern * n_points + point)[keep], scaled[keep], "amax")
     return patterns.view(n_patterns, n_points).float()
 
 
-def _render_sticks_cpu(
+def _render_sticks_cpu(*arguments):
+    _check_sticks(*arguments)
+    module = _native.cpu()
+    if module is None:
+        return render_sticks_reference(*arguments)
+    _held, intensity, pointers, sizes = _render_arguments(*arguments)
+    module.render_sticks(*pointers, *sizes, torch.get_num_threads())
+    return intensity
+
+
+def _render_sticks_cuda(*arguments):
+    _check_sticks(*arguments)
+    module = _native.cuda()
+    if module is None:
+        return render_sticks_reference(*arguments)
+    return _render_sticks_on_device(module, *arguments)
+
+
+def _render_sticks_on_device(module: ModuleType, *arguments):
+    """The kernel of `_cuda`, or of `_emu` in the tests."""
+    held, intensity, pointers, sizes = _render_arguments(*arguments)
+    two_theta, strength = intensity.new_empty((2, len(held[1])), dtype=torch.float64)
+    order = intensity.new_empty(len(held[1]), dtype=torch.int32)
+    with device_stream(intensity) as stream:
+        module.render_sticks(
+            *pointers, *sizes, two_theta.data_ptr(), strength.data_ptr(), order.data_ptr(), stream
+        )
+    return intensity
+
+
+def _render_arguments(
     offset: Tensor,
     hkl: Tensor,
     multiplicity: Tensor,
@@ -164,48 +192,16 @@ def _render_sticks_cpu(
     two_theta_min: float,
     two_theta_step: float,
     n_points: int,
-) -> Tensor:
-    _check_sticks(
-        offset, hkl, multiplicity, f_squared, reciprocal_metric, b_overall, wavelength, two_theta_step, n_points
-    )
-    module = _native.cpu()
-    if module is None:
-        return render_sticks_reference(
-            offset,
-            hkl,
-            multiplicity,
-            f_squared,
-            reciprocal_metric,
-            b_overall,
-            wavelength,
-            two_theta_min,
-            two_theta_step,
-            n_points,
-        )
-    offset, f_squared = offset.contiguous(), f_squared.contiguous()
-    reciprocal_metric, b_overall = reciprocal_metric.contiguous(), b_overall.contiguous()
-    if hkl.stride(1) != 1:
-        hkl = hkl.contiguous()
+) -> tuple[list[Tensor], Tensor, list[int], tuple]:
+    """Tensors to hold until the call returns, the result to fill, and a native call's addresses and sizes."""
+    hkl = hkl if hkl.stride(1) == 1 else hkl.contiguous()
+    held = [offset.contiguous(), hkl, multiplicity]  # hkl and multiplicity may be columns of one table
+    held += [x.contiguous() for x in (f_squared, reciprocal_metric, b_overall)]
     n_patterns = len(offset) - 1
-    intensity = torch.empty((n_patterns, n_points), dtype=torch.float32)
-    module.render_sticks(
-        offset.data_ptr(),
-        hkl.data_ptr(),
-        multiplicity.data_ptr(),
-        f_squared.data_ptr(),
-        reciprocal_metric.data_ptr(),
-        b_overall.data_ptr(),
-        intensity.data_ptr(),
-        hkl.stride(0),
-        multiplicity.stride(0),
-        n_patterns,
-        n_points,
-        wavelength,
-        two_theta_min,
-        two_theta_step,
-        torch.get_num_threads(),
-    )
-    return intensity
+    intensity = f_squared.new_empty((n_patterns, n_points))
+    pointers = [x.data_ptr() for x in (*held, intensity)]
+    sizes = (hkl.stride(0), multiplicity.stride(0), n_patterns, n_points, wavelength, two_theta_min, two_theta_step)
+    return held, intensity, pointers, sizes
 
 
 def _check_sticks(
@@ -216,6 +212,7 @@ def _check_sticks(
     reciprocal_metric: Tensor,
     b_overall: Tensor,
     wavelength: float,
+    two_theta_min: float,
     two_theta_step: float,
     n_points: int,
 ) -> None:
@@ -229,11 +226,13 @@ def _check_sticks(
         "b_overall": (b_overall, (n_patterns,), torch.float64),
     }
     for name, (tensor, shape, dtype) in rules.items():
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != hkl.device:
             raise ValueError(
-                f"render_sticks: {name} must be {shape} {dtype}, got {tuple(tensor.shape)} {tensor.dtype}"
+                f"render_sticks: {name} must be {shape} {dtype} on {hkl.device}, "
+                f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
             )
-    if int(offset[0]) != 0 or int(offset[-1]) != n_families or bool((offset[1:] < offset[:-1]).any()):
+    falls = (offset[1:] < offset[:-1]).any() | (offset[0] != 0) | (offset[-1] != n_families)
+    if bool(falls):  # one synchronisation
         raise ValueError(f"render_sticks: offset must rise from 0 to {n_families}, got {offset.tolist()[:5]} ...")
     if not (math.isfinite(wavelength) and wavelength > 0):
         raise ValueError(f"render_sticks: wavelength must be finite and > 0 Angstrom, got {wavelength}")
@@ -242,7 +241,7 @@ def _check_sticks(
 
 
 LIBRARY.impl("render_sticks", _render_sticks_cpu, "CPU")
-LIBRARY.impl("render_sticks", render_sticks_reference, "CUDA")
+LIBRARY.impl("render_sticks", _render_sticks_cuda, "CUDA")
 
 
 @torch.library.register_fake("xrdfast::render_sticks")

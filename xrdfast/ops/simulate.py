@@ -11,13 +11,22 @@ from __future__ import annotations
 
 import functools
 import math
+from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from xrdfast import _native, scattering
-from xrdfast.ops import LIBRARY
+from xrdfast.ops import LIBRARY, device_stream
+from xrdfast.ops.reflections import (
+    cuts_of,
+    device_reflections,
+    merge_families,
+    merge_lines,
+    name_families_reference,
+    reflections_reference,
+)
 
 if TYPE_CHECKING:
     from xrdfast.data.structures import PackedStructures
@@ -44,11 +53,7 @@ STATUS_REASONS = {
     5: "every structure factor vanishes or is not finite",
 }
 
-_MERGE_STEP = 1e-5  # degrees 2theta, pymatgen's TWO_THETA_TOL
-_MIN_SCALED_INTENSITY = 1e-3  # of 100, pymatgen's SCALED_INTENSITY_TOL
-_SHELL_TOLERANCE = 1e-8  # 1 / Angstrom, pymatgen's numerical_tol
-_MOTT_BETHE = 41.78214  # Angstrom^2, De Graef & McHenry, Structure of Materials, eq. 11.42 as pymatgen has it
-# Reflections a native call has room for, 30 bytes each: large sets go through in pieces that share one 60 MB buffer.
+# Reflections a native call has room for: large sets go through in pieces, 60 MB each on a CPU, 0.5 GB on a GPU.
 _ROWS_A_CALL = 1 << 21
 
 
@@ -218,204 +223,18 @@ def _arguments(
 # --- reference -------------------------------------------------------------------------------------------------------
 
 
-def _structure_reflections(
-    lattice: Tensor,  # (3, 3) float64
-    atomic_number: Tensor,  # (n_atoms,)
-    fractional: Tensor,  # (n_atoms, 3)
-    occupancy: Tensor,
-    b_iso: Tensor,
-    form_factor: Tensor,
-    mott_bethe: bool,
-    dispersion: Tensor | None,
-    g_min: float,
-    g_max: float,
-) -> tuple[int, Tensor, Tensor, Tensor]:
-    """Status, hkl (n, 3) int64 of one Friedel half-space, g^2 (n,), Friedel mean of |F|^2 (n,) of one structure."""
-    nothing = lattice.new_zeros((0, 3), dtype=torch.int64), lattice.new_zeros(0), lattice.new_zeros(0)
-    lengths = lattice.norm(dim=1)
-    volume = torch.linalg.det(lattice).abs()
-    if not bool(torch.isfinite(volume)) or not bool(volume > 1e-6 * lengths.prod()):
-        return 4, *nothing
-    reciprocal = torch.linalg.inv(lattice)  # columns a*, b*, c*
-    reach = g_max + 0.5 * float(reciprocal.norm())
-    if float(lengths.max()) * g_max >= 511 or 2.0 / 3.0 * math.pi * reach**3 * float(volume) > 1 << 26:
-        return 3, *nothing
-    h_max, k_max, l_max = ((lengths * (g_max + _SHELL_TOLERANCE)).floor().long() + 1).tolist()
-    device = lattice.device
-    axes = [torch.arange(0, h_max + 1, device=device)]
-    axes += [torch.arange(-n, n + 1, device=device) for n in (k_max, l_max)]
-    hkl = torch.stack([x.reshape(-1) for x in torch.meshgrid(*axes, indexing="ij")], dim=1)
-    h, k, ell = hkl.unbind(1)
-    hkl = hkl[(h > 0) | ((h == 0) & (k > 0)) | ((h == 0) & (k == 0) & (ell > 0))]
-    g2 = (hkl.to(lattice.dtype) @ reciprocal.T).square().sum(1)
-    inside = (g2 >= g_min * g_min) & (g2 <= (g_max + _SHELL_TOLERANCE) ** 2)
-    hkl, g2 = hkl[inside], g2[inside]
-    if len(g2) == 0:
-        return 1, *nothing
-    known = atomic_number.long().clamp(max=len(form_factor) - 1)
-    coefficients = form_factor[known]  # (n_atoms, 11)
-    if bool(((atomic_number.long() != known) | torch.isnan(coefficients[:, 10])).any()):
-        return 2, *nothing
-    s2 = 0.25 * g2
-    gaussians = (coefficients[:, None, :5] * torch.exp(-coefficients[:, None, 5:10] * s2[:, None])).sum(2)
-    f = coefficients[:, 10:] + (-_MOTT_BETHE * s2 if mott_bethe else torch.ones_like(s2)) * gaussians
-    damping = occupancy[:, None] * torch.exp(-b_iso[:, None] * s2)
-    phase = 2.0 * math.pi * (fractional @ hkl.to(lattice.dtype).T)
-    wave = damping * torch.complex(torch.cos(phase), torch.sin(phase))
-    if dispersion is None:
-        return 0, hkl, g2, (f * wave).sum(0).abs().square()
-    correction = dispersion[atomic_number.long()]
-    with_f_prime = ((f + correction[:, :1]) * wave).sum(0)
-    with_f_double_prime = (correction[:, 1:] * wave).sum(0)
-    return 0, hkl, g2, with_f_prime.abs().square() + with_f_double_prime.abs().square()
+def simulate_lines_reference(*arguments):
+    """Plain PyTorch, arguments as in the schema; the yardstick of the kernels."""
+    *structures, wavelength, g_min, g_max = arguments
+    return merge_lines(reflections_reference(*structures, g_min, g_max), wavelength)
 
 
-def _lorentz_polarisation(sin2: Tensor) -> Tensor:
-    return (1.0 + (1.0 - 2.0 * sin2).square()) / (sin2 * torch.sqrt(1.0 - sin2))
-
-
-def _merge_key(two_theta: Tensor) -> Tensor:
-    return (two_theta / _MERGE_STEP + 0.5).long()
-
-
-def _each_structure(atom_offset: Tensor, lattice: Tensor, atoms: tuple[Tensor, ...]):
-    bounds = atom_offset.tolist()
-    for i in range(len(bounds) - 1):
-        yield lattice[i], *(x[bounds[i] : bounds[i + 1]] for x in atoms)
-
-
-def simulate_lines_reference(
-    atom_offset: Tensor,
-    lattice: Tensor,
-    atomic_number: Tensor,
-    fractional: Tensor,
-    occupancy: Tensor,
-    b_iso: Tensor,
-    form_factor: Tensor,
-    mott_bethe: bool,
-    dispersion: Tensor | None,
-    wavelength: float,
-    g_min: float,
-    g_max: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Plain PyTorch, every reflection on its own; the yardstick of the kernels."""
-    counts, statuses, pieces = [0], [], []
-    for structure in _each_structure(atom_offset, lattice, (atomic_number, fractional, occupancy, b_iso)):
-        status, hkl, g2, f_squared = _structure_reflections(
-            *structure, form_factor, mott_bethe, dispersion, g_min, g_max
-        )
-        if status == 0:
-            sin2 = (0.25 * wavelength**2 * g2).clamp(max=1.0)
-            two_theta = 2.0 * torch.rad2deg(torch.asin(torch.sqrt(sin2)))
-            order = torch.argsort(g2, stable=True)
-            _, line, size = torch.unique_consecutive(
-                _merge_key(two_theta[order]), return_inverse=True, return_counts=True
-            )
-            intensity = g2.new_zeros(len(size)).index_add_(0, line, (f_squared * _lorentz_polarisation(sin2))[order])
-            strongest = intensity.max()
-            if bool(torch.isfinite(strongest)) and bool(strongest > 0):
-                first = order[torch.cumsum(size, 0) - size]
-                code = torch.zeros_like(size).scatter_reduce_(0, line, _pack_hkl(hkl)[order], "amax")
-                intensity = intensity / strongest * 100.0
-                keep = intensity > _MIN_SCALED_INTENSITY
-                first = first[keep]
-                name = _unpack_hkl(code[keep]).to(torch.int16)
-                pieces.append((two_theta[first], intensity[keep], 1.0 / g2[first].sqrt(), name))
-            else:
-                status = 5
-        statuses.append(status)
-        counts.append(counts[-1] + (len(pieces[-1][0]) if status == 0 else 0))
-    empty = lattice.new_zeros(0)
-    pieces.append((empty, empty, empty, empty.new_zeros((0, 3), dtype=torch.int16)))
-    device = lattice.device
-    return (
-        torch.tensor(counts, dtype=torch.int64, device=device),
-        *(torch.cat(column) for column in zip(*pieces, strict=True)),
-        torch.tensor(statuses, dtype=torch.int32, device=device),
-    )
-
-
-def simulate_families_reference(
-    atom_offset: Tensor,
-    lattice: Tensor,
-    atomic_number: Tensor,
-    fractional: Tensor,
-    occupancy: Tensor,
-    b_iso: Tensor,
-    form_factor: Tensor,
-    mott_bethe: bool,
-    dispersion: Tensor | None,
-    wavelength: float,
-    g_min: float,
-    g_max: float,
-    rotation_offset: Tensor,
-    rotations: Tensor,
-    relative_cutoff: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Plain PyTorch families, orbit by orbit."""
-    device = lattice.device
-    bounds = rotation_offset.tolist()
-    counts, statuses = [0], []
-    pieces = [
-        (
-            torch.zeros((0, 3), dtype=torch.int16, device=device),
-            torch.zeros(0, dtype=torch.int16, device=device),
-            torch.zeros(0, dtype=torch.float32, device=device),
-        )
-    ]
-    for i, structure in enumerate(
-        _each_structure(atom_offset, lattice, (atomic_number, fractional, occupancy, b_iso))
-    ):
-        status, hkl, g2, f_squared = _structure_reflections(
-            *structure, form_factor, mott_bethe, dispersion, g_min, g_max
-        )
-        rows = 0
-        if status == 0:
-            group = rotations[bounds[i] : bounds[i + 1]].to(hkl.dtype)
-            if len(group) == 0:
-                group = torch.eye(3, dtype=hkl.dtype, device=device)[None]
-            images = torch.einsum("ni,rij->nrj", hkl, group)
-            codes = _pack_hkl(torch.cat([images, -images], dim=1))  # (n, 2 n_rotations)
-            code = codes.max(dim=1).values
-            multiplicity = codes.shape[1] // (codes == code[:, None]).sum(1)
-            unique, family, size = torch.unique(code, return_inverse=True, return_counts=True)
-            mean = g2.new_zeros(len(unique)).index_add_(0, family, f_squared) / size
-            first = torch.full_like(unique, len(g2)).scatter_reduce_(
-                0, family, torch.arange(len(g2), device=device), "amin"
-            )
-            sin2 = 0.25 * wavelength**2 * g2[first]
-            strength = mean * multiplicity[first] * _lorentz_polarisation(sin2)
-            strongest = strength.max()
-            if bool(torch.isfinite(strongest)) and bool(strongest > 0):
-                key = _merge_key(2.0 * torch.rad2deg(torch.asin(torch.sqrt(sin2))))
-                order = torch.argsort(key, stable=True)
-                order = order[strength[order] > relative_cutoff * strongest]
-                pieces.append(
-                    (
-                        _unpack_hkl(unique[order]).to(torch.int16),
-                        multiplicity[first[order]].to(torch.int16),
-                        mean[order].float(),
-                    )
-                )
-                rows = len(order)
-            else:
-                status = 5
-        statuses.append(status)
-        counts.append(counts[-1] + rows)
-    return (
-        torch.tensor(counts, dtype=torch.int64, device=device),
-        *(torch.cat(column) for column in zip(*pieces, strict=True)),
-        torch.tensor(statuses, dtype=torch.int32, device=device),
-    )
-
-
-def _pack_hkl(hkl: Tensor) -> Tensor:
-    h, k, ell = (hkl + 512).unbind(-1)
-    return (h << 20) + (k << 10) + ell
-
-
-def _unpack_hkl(code: Tensor) -> Tensor:
-    return torch.stack([code >> 20, (code >> 10) & 1023, code & 1023], dim=-1) - 512
+def simulate_families_reference(*arguments):
+    """Plain PyTorch, arguments as in the schema."""
+    *structures, wavelength, g_min, g_max, rotation_offset, rotations, relative_cutoff = arguments
+    found = reflections_reference(*structures, g_min, g_max)
+    code, multiplicity = name_families_reference(found, rotation_offset, rotations)
+    return merge_families(found, code, multiplicity, wavelength, relative_cutoff)
 
 
 # --- implementations -------------------------------------------------------------------------------------------------
@@ -427,8 +246,12 @@ def _checked(op: str, atom_offset: Tensor, lattice: Tensor, **atoms: Tensor) -> 
         raise ValueError(
             f"{op}: lattice must be (n_structures, 3, 3) float64, got {tuple(lattice.shape)} {lattice.dtype}"
         )
-    if atom_offset.shape != (n_structures + 1,) or atom_offset.dtype != torch.int64:
-        raise ValueError(f"{op}: atom_offset must be ({n_structures + 1},) int64, got {tuple(atom_offset.shape)}")
+    shape, dtype, device = tuple(atom_offset.shape), atom_offset.dtype, atom_offset.device
+    if shape != (n_structures + 1,) or dtype != torch.int64 or device != lattice.device:
+        raise ValueError(
+            f"{op}: atom_offset must be ({n_structures + 1},) int64 on {lattice.device}, "
+            f"got {shape} {dtype} on {device}"
+        )
     n_atoms = atoms["atomic_number"].shape[0]
     for name, tensor in atoms.items():
         shape = (n_atoms, 3) if name == "fractional" else (n_atoms,)
@@ -442,7 +265,7 @@ def _checked(op: str, atom_offset: Tensor, lattice: Tensor, **atoms: Tensor) -> 
 
 def _offsets_checked(op: str, name: str, offset: Tensor, n_rows: int) -> None:
     """What memory safety needs: offsets that rise from 0 to the number of rows."""
-    module = _native.cpu()
+    module = _native.cpu() if offset.device.type == "cpu" else None
     if module is not None:
         rising = module.offsets_rise(offset.data_ptr(), offset.shape[0], n_rows)
     else:
@@ -464,13 +287,8 @@ def _native_simulate(op: str, outputs: list[tuple[tuple[int, ...], torch.dtype]]
     n_structures = lattice.shape[0]
     capacity = torch.empty(n_structures + 1, dtype=torch.int64)
     total = module.reflection_capacity(pointers[1], n_structures, g_max, capacity.data_ptr())
-    cuts, room = [0, n_structures], total
-    if total > _ROWS_A_CALL:
-        cuts = [0]
-        while cuts[-1] < n_structures:
-            limit = int(capacity[cuts[-1]]) + _ROWS_A_CALL
-            cuts.append(max(cuts[-1] + 1, int(torch.searchsorted(capacity, limit, right=True)) - 1))
-        room = int(capacity[cuts].diff().max())
+    cuts = cuts_of(capacity, _ROWS_A_CALL)
+    room = total if len(cuts) == 2 else int(capacity[cuts].diff().max())
     columns = [torch.empty((room, *shape), dtype=dtype) for shape, dtype in outputs]
     status = torch.empty(n_structures, dtype=torch.int32)
     rows = torch.empty(n_structures + 1, dtype=torch.int64)
@@ -507,39 +325,106 @@ def _native_simulate(op: str, outputs: list[tuple[tuple[int, ...], torch.dtype]]
     return rows, *columns, status
 
 
-def _lines_cpu(*arguments):
+def _lines_checked(arguments: tuple) -> None:
     op = "simulate_lines"
     offset, lattice, number, fractional, occupancy, b_iso = arguments[:6]
     _checked(op, offset, lattice, atomic_number=number, fractional=fractional, occupancy=occupancy, b_iso=b_iso)
     _offsets_checked(op, "atom_offset", offset, len(number))
-    if _native.cpu() is None:
-        return simulate_lines_reference(*arguments)
-    double, short = torch.float64, torch.int16
-    return _native_simulate(op, [((), double), ((), double), ((), double), ((3,), short)], arguments, ())
 
 
-def _families_cpu(*arguments):
+def _families_checked(arguments: tuple) -> None:
     op = "simulate_families"
     offset, lattice, number, fractional, occupancy, b_iso = arguments[:6]
-    rotation_offset, rotations, relative_cutoff = arguments[12:]
+    rotation_offset, rotations, _ = arguments[12:]
     _checked(op, offset, lattice, atomic_number=number, fractional=fractional, occupancy=occupancy, b_iso=b_iso)
     _offsets_checked(op, "atom_offset", offset, len(number))
     if rotations.shape[1:] != (3, 3) or rotations.dtype != torch.int8:
         raise ValueError(f"{op}: rotations must be (n, 3, 3) int8, got {tuple(rotations.shape)} {rotations.dtype}")
     if rotation_offset.shape != offset.shape or rotation_offset.dtype != torch.int64:
         raise ValueError(f"{op}: rotation_offset must be {tuple(offset.shape)} int64, got {rotation_offset.dtype}")
+    if not rotations.device == rotation_offset.device == lattice.device:
+        raise ValueError(f"{op}: rotations must be on {lattice.device}, got {rotations.device}")
     _offsets_checked(op, "rotation_offset", rotation_offset, len(rotations))
+
+
+def _lines_cpu(*arguments):
+    _lines_checked(arguments)
+    if _native.cpu() is None:
+        return simulate_lines_reference(*arguments)
+    double, short = torch.float64, torch.int16
+    outputs = [((), double), ((), double), ((), double), ((3,), short)]
+    return _native_simulate("simulate_lines", outputs, arguments, ())
+
+
+def _families_cpu(*arguments):
+    _families_checked(arguments)
     if _native.cpu() is None:
         return simulate_families_reference(*arguments)
+    rotation_offset, rotations, relative_cutoff = arguments[12:]
     outputs = [((3,), torch.int16), ((), torch.int16), ((), torch.float32)]
     extra = (rotation_offset.contiguous(), rotations.contiguous(), relative_cutoff)
-    return _native_simulate(op, outputs, arguments[:12], extra)
+    return _native_simulate("simulate_families", outputs, arguments[:12], extra)
+
+
+def _lines_cuda(*arguments):
+    _lines_checked(arguments)
+    module = _native.cuda()
+    if module is None:
+        return simulate_lines_reference(*arguments)
+    return _lines_on_device(module, *arguments)
+
+
+def _families_cuda(*arguments):
+    _families_checked(arguments)
+    module = _native.cuda()
+    if module is None:
+        return simulate_families_reference(*arguments)
+    return _families_on_device(module, *arguments)
+
+
+def _lines_on_device(module: ModuleType, *arguments):
+    """The kernels of `_cuda`, or of `_emu` in the tests."""
+    wavelength = arguments[9]
+    pieces = device_reflections(module, _ROWS_A_CALL, *arguments)
+    return _joined([merge_lines(found, wavelength) for _, found in pieces])
+
+
+def _families_on_device(module: ModuleType, *arguments):
+    wavelength = arguments[9]
+    rotation_offset, rotations, relative_cutoff = arguments[12:]
+    rotation_offset, rotations = rotation_offset.contiguous(), rotations.contiguous()
+    pieces = []
+    for begin, found in device_reflections(module, _ROWS_A_CALL, *arguments[:12]):
+        n, structure = len(found.g2), found.structure()
+        code, multiplicity = found.hkl.new_empty(n, dtype=torch.int32), found.hkl.new_empty(n)
+        with device_stream(found.hkl) as stream:
+            module.name_families(
+                n,
+                structure.data_ptr(),
+                found.hkl.data_ptr(),
+                rotation_offset.data_ptr() + 8 * begin,
+                rotations.data_ptr(),
+                code.data_ptr(),
+                multiplicity.data_ptr(),
+                stream,
+            )
+        pieces.append(merge_families(found, code, multiplicity, wavelength, relative_cutoff))
+    return _joined(pieces)
+
+
+def _joined(pieces: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Results of consecutive pieces as one: an offset, then columns."""
+    if len(pieces) == 1:
+        return pieces[0]
+    offset, *columns = zip(*pieces, strict=True)
+    counts = torch.cat([x.diff() for x in offset])
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)), *(torch.cat(x) for x in columns)
 
 
 LIBRARY.impl("simulate_lines", _lines_cpu, "CPU")
 LIBRARY.impl("simulate_families", _families_cpu, "CPU")
-LIBRARY.impl("simulate_lines", simulate_lines_reference, "CUDA")
-LIBRARY.impl("simulate_families", simulate_families_reference, "CUDA")
+LIBRARY.impl("simulate_lines", _lines_cuda, "CUDA")
+LIBRARY.impl("simulate_families", _families_cuda, "CUDA")
 
 
 @torch.library.register_fake("xrdfast::simulate_lines")

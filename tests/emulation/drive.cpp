@@ -1,0 +1,245 @@
+// drive.cpp: runs every kernel natively, so that sanitizers see all of it, and compares with sums written out in
+// double. Buffers are heap blocks of the exact size. Usage: drive N_STRUCTURES N_ATOMS; exit 1 on a mismatch.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <random>
+#include <set>
+#include <tuple>
+#include <vector>
+
+#include "preprocess.h"
+#include "simulate.h"
+
+using namespace xrdfast;
+
+namespace {
+
+constexpr double kPi = 3.14159265358979323846;
+int n_wrong = 0;
+
+void expect(bool condition, const char* what, double got, double want) {
+    if (condition) return;
+    if (++n_wrong < 20) std::printf("MISMATCH %s: got %.17g, want %.17g\n", what, got, want);
+}
+void expect_close(double got, double want, double scale, const char* what) {
+    expect(std::fabs(got - want) <= 1e-10 * scale, what, got, want);
+}
+
+using Index = std::tuple<int, int, int>;
+
+struct Structures {
+    std::vector<int64_t> atom_offset{0}, rotation_offset{0};
+    std::vector<double> lattice, fractional, occupancy, b_iso, form_factor, dispersion;
+    std::vector<uint8_t> number;
+    std::vector<int8_t> rotations;
+    int64_t n;
+
+    Structures(int64_t n_structures, int n_atoms) : n(n_structures) {
+        std::mt19937 random(5);
+        std::uniform_real_distribution<double> unit(0.0, 1.0);
+        constexpr int kElements = 3;
+        for (int e = 0; e < kElements; ++e) {
+            for (int i = 0; i < kFormFactorColumns; ++i) form_factor.push_back(0.2 + 2.0 * unit(random));
+            dispersion.push_back(-unit(random));
+            dispersion.push_back(2.0 * unit(random));
+        }
+        const int8_t two_fold[9] = {-1, 0, 0, 0, -1, 0, 0, 0, 1}, identity[9] = {1, 0, 0, 0, 1, 0, 0, 0, 1};
+        for (int64_t s = 0; s < n; ++s) {
+            for (int i = 0; i < 9; ++i) {
+                // The first is flat and large: more rows and reflections than one block has threads for.
+                const double edge = s == 0 && i < 8 ? 15.0 : 3.5;
+                const double x = i % 4 ? 0.6 * unit(random) : edge + unit(random);
+                lattice.push_back(s == 1 ? 0.0 : x);
+            }
+            const int atoms = s % 3 == 2 ? 1 : n_atoms;
+            for (int j = 0; j < atoms; ++j) {
+                for (int i = 0; i < 3; ++i) fractional.push_back(4.0 * unit(random) - 2.0);
+                occupancy.push_back(unit(random));
+                b_iso.push_back(j % 2 ? unit(random) : 0.0);
+                number.push_back(static_cast<uint8_t>(j * kElements / atoms));
+            }
+            atom_offset.push_back(atom_offset.back() + atoms);
+            if (s == 0)
+                for (const int8_t* w : {identity, two_fold}) rotations.insert(rotations.end(), w, w + 9);
+            rotation_offset.push_back(static_cast<int64_t>(rotations.size()) / 9);
+        }
+    }
+
+    StructureBatch batch(bool with_dispersion, bool mott_bethe) const {
+        return {atom_offset.data(), lattice.data(), number.data(), fractional.data(), occupancy.data(), b_iso.data(),
+                form_factor.data(), with_dispersion ? dispersion.data() : nullptr, n, 3, mott_bethe, 1.54056, 0.06,
+                0.7};
+    }
+
+    double f_squared(const StructureBatch& b, int64_t s, const int16_t* hkl, double s2) const {
+        double u[2] = {0, 0}, v[2] = {0, 0};
+        for (int64_t j = atom_offset[s]; j < atom_offset[s + 1]; ++j) {
+            const double* c = b.form_factor + kFormFactorColumns * number[j];
+            double f = 0.0;
+            for (int i = 0; i < kGaussians; ++i) f += c[i] * std::exp(-c[kGaussians + i] * s2);
+            f = c[2 * kGaussians] + (b.mott_bethe ? -41.78214 * s2 : 1.0) * f;
+            const double weight = occupancy[j] * std::exp(-b_iso[j] * s2), *r = fractional.data() + 3 * j;
+            const double phase = 2 * kPi * (hkl[0] * r[0] + hkl[1] * r[1] + hkl[2] * r[2]);
+            const double f1 = b.dispersion ? b.dispersion[2 * number[j]] : 0.0;
+            const double f2 = b.dispersion ? b.dispersion[2 * number[j] + 1] : 0.0;
+            u[0] += weight * (f + f1) * std::cos(phase);
+            u[1] += weight * (f + f1) * std::sin(phase);
+            v[0] += weight * f2 * std::cos(phase);
+            v[1] += weight * f2 * std::sin(phase);
+        }
+        return u[0] * u[0] + u[1] * u[1] + v[0] * v[0] + v[1] * v[1];
+    }
+
+    // 1 / d^2 by Cramer's rule, and the members of the half-space by brute force.
+    std::map<Index, double> shell(const StructureBatch& b, int64_t s) const {
+        std::map<Index, double> found;
+        const double* a = lattice.data() + 9 * s;
+        const auto minor = [&](int i, int j) {
+            const int i1 = (i + 1) % 3, i2 = (i + 2) % 3, j1 = (j + 1) % 3, j2 = (j + 2) % 3;
+            return a[3 * i1 + j1] * a[3 * i2 + j2] - a[3 * i1 + j2] * a[3 * i2 + j1];
+        };
+        const double volume = a[0] * minor(0, 0) + a[1] * minor(0, 1) + a[2] * minor(0, 2);
+        if (volume == 0.0) return found;
+        for (int h = 0; h <= 12; ++h)
+            for (int k = -12; k <= 12; ++k)
+                for (int l = -12; l <= 12; ++l) {
+                    if (!(h > 0 || k > 0 || (k == 0 && l > 0))) continue;
+                    double g2 = 0.0;
+                    for (int j = 0; j < 3; ++j) {
+                        const double g = (h * minor(0, j) + k * minor(1, j) + l * minor(2, j)) / volume;
+                        g2 += g * g;
+                    }
+                    if (g2 >= b.g_min * b.g_min && g2 <= b.g_max * b.g_max) found[{h, k, l}] = g2;
+                }
+        return found;
+    }
+};
+
+struct Found {
+    std::vector<int64_t> offset{0}, structure;
+    std::vector<int16_t> hkl;
+    std::vector<double> g2, f_squared;
+};
+
+Found simulate(const Structures& all, const StructureBatch& batch) {
+    std::vector<int64_t> count(all.n);
+    std::vector<int32_t> status(all.n);
+    expect(count_reflections_cuda(batch, count.data(), status.data(), nullptr) == 0, "count_reflections", 1, 0);
+    Found found;
+    for (int64_t s = 0; s < all.n; ++s) {
+        expect(status[s] == (s == 1 ? kBadLattice : kSimulated), "status", status[s], 0);
+        found.offset.push_back(found.offset.back() + count[s]);
+        found.structure.insert(found.structure.end(), count[s], s);
+    }
+    const int64_t n = found.offset.back();
+    found.hkl.resize(3 * n);
+    found.g2.resize(n);
+    found.f_squared.resize(n);
+    const ReflectionList list{found.offset.data(), n, found.hkl.data(), found.g2.data(), found.f_squared.data()};
+    expect(list_reflections_cuda(batch, list, nullptr) == 0, "list_reflections", 1, 0);
+    expect(structure_factors_cuda(batch, list, nullptr) == 0, "structure_factors", 1, 0);
+    return found;
+}
+
+void check_simulation(const Structures& all, const StructureBatch& batch, const Found& found) {
+    for (int64_t s = 0; s < all.n; ++s) {
+        const std::map<Index, double> shell = all.shell(batch, s);
+        expect(static_cast<int64_t>(shell.size()) == found.offset[s + 1] - found.offset[s], "count",
+               static_cast<double>(found.offset[s + 1] - found.offset[s]), static_cast<double>(shell.size()));
+        for (int64_t i = found.offset[s]; i < found.offset[s + 1]; ++i) {
+            const int16_t* hkl = found.hkl.data() + 3 * i;
+            const auto member = shell.find({hkl[0], hkl[1], hkl[2]});
+            expect(member != shell.end(), "reflection outside the shell", hkl[0], hkl[1]);
+            if (member == shell.end()) continue;
+            expect_close(found.g2[i], member->second, 1.0, "g2");
+            const double want = all.f_squared(batch, s, hkl, 0.25 * member->second);
+            expect_close(found.f_squared[i], want, 1.0 + want, "f_squared");
+        }
+    }
+}
+
+void check_families(const Structures& all, const Found& found) {
+    const int64_t n = found.offset.back();
+    std::vector<int32_t> code(n);
+    std::vector<int16_t> multiplicity(n);
+    const FamilyNames names{n, found.structure.data(), found.hkl.data(), all.rotation_offset.data(),
+                            all.rotations.data(), code.data(), multiplicity.data()};
+    expect(name_families_cuda(names, nullptr) == 0, "name_families", 1, 0);
+    for (int64_t i = 0; i < n; ++i) {
+        const int h = found.hkl[3 * i], k = found.hkl[3 * i + 1], l = found.hkl[3 * i + 2];
+        std::set<Index> images{{h, k, l}, {-h, -k, -l}};
+        if (found.structure[i] == 0) images.insert({{-h, -k, l}, {h, k, -l}});  // the two-fold axis along c
+        const auto [a, b, c] = *images.rbegin();
+        const int packed = ((a + 512) << 20) + ((b + 512) << 10) + c + 512;
+        expect(code[i] == packed, "family", code[i], packed);
+        expect(multiplicity[i] == static_cast<int>(images.size()), "multiplicity", multiplicity[i],
+               static_cast<double>(images.size()));
+    }
+}
+
+// Cubic metric for the even patterns, so that many families coincide. hkl and multiplicity share rows of four.
+void check_sticks(const Found& found, int64_t n_patterns) {
+    const int64_t n = found.offset.back(), n_points = 850;
+    std::vector<int16_t> table(4 * n);
+    std::vector<float> f_squared(found.f_squared.begin(), found.f_squared.end()), out(n_patterns * n_points, -1.0f);
+    std::vector<double> metric, b_overall(n_patterns, 0.7), angle(n), strength(n);
+    std::vector<int32_t> order(n);
+    for (int64_t i = 0; i < n; ++i) {
+        std::copy_n(found.hkl.data() + 3 * i, 3, table.data() + 4 * i);
+        table[4 * i + 3] = static_cast<int16_t>(1 + i % 5);
+    }
+    for (int64_t s = 0; s < n_patterns; ++s)
+        for (const double m : {1.0, s % 2 ? 1.1 : 1.0, s % 2 ? 0.93 : 1.0, 0.0, s % 2 ? 0.05 : 0.0, 0.0})
+            metric.push_back(m / 16.0);
+    const RenderSticksParams p{found.offset.data(), table.data(), table.data() + 3, f_squared.data(), metric.data(),
+                               b_overall.data(), out.data(), 4, 4, n_patterns, n_points, 1.54056, 5.0, 0.1};
+    const RenderSticksScratch scratch{angle.data(), strength.data(), order.data()};
+    expect(render_sticks_cuda(p, scratch, nullptr) == 0, "render_sticks", 1, 0);
+    for (int64_t s = 0; s < n_patterns; ++s) {
+        std::map<int, std::pair<double, double>> lines;  // key -> angle, strength
+        const double* m = metric.data() + 6 * s;
+        for (int64_t i = found.offset[s]; i < found.offset[s + 1]; ++i) {
+            const double h = table[4 * i], k = table[4 * i + 1], l = table[4 * i + 2];
+            const double g2 = h * h * m[0] + k * k * m[1] + l * l * m[2] +
+                              2.0 * (k * l * m[3] + h * l * m[4] + h * k * m[5]);
+            const double sin2 = 0.25 * 1.54056 * 1.54056 * g2, cos2 = 1.0 - 2.0 * sin2;
+            const double two_theta = 360.0 / kPi * std::asin(std::sqrt(std::min(sin2, 1.0)));
+            if (sin2 >= 1.0 || two_theta < 5.0 || two_theta >= 90.0) continue;
+            auto& line = lines.try_emplace(static_cast<int>(two_theta * 1e5 + 0.5), two_theta, 0.0).first->second;
+            line.first = std::min(line.first, two_theta);
+            line.second += table[4 * i + 3] * static_cast<double>(f_squared[i]) * (1.0 + cos2 * cos2) /
+                           (sin2 * std::sqrt(1.0 - sin2)) * std::exp(-0.35 * g2);
+        }
+        double strongest = 0.0;
+        for (const auto& [key, line] : lines) strongest = std::max(strongest, line.second);
+        std::vector<float> want(n_points, 0.0f);
+        for (const auto& [key, line] : lines) {
+            const double scaled = line.second / strongest * 100.0;
+            const auto bin = static_cast<int64_t>((line.first - 5.0) * (1.0 / 0.1));
+            float& point = want[std::min(bin, n_points - 1)];
+            if (scaled > 1e-3) point = std::max(point, static_cast<float>(scaled));
+        }
+        for (int64_t i = 0; i < n_points; ++i)
+            expect(std::fabs(out[s * n_points + i] - want[i]) <= 1e-4f, "stick", out[s * n_points + i], want[i]);
+    }
+}
+
+}  // namespace
+
+int main(int count, char** values) {
+    if (count != 3) return 2;
+    const Structures all(std::atoll(values[1]), std::atoi(values[2]));
+    for (const bool dispersion : {false, true}) {
+        const StructureBatch batch = all.batch(dispersion, dispersion);
+        const Found found = simulate(all, batch);
+        check_simulation(all, batch, found);
+        if (dispersion) continue;
+        check_families(all, found);
+        check_sticks(found, all.n);
+        std::printf("%lld reflections\n", static_cast<long long>(found.offset.back()));
+    }
+    return n_wrong ? 1 : 0;
+}

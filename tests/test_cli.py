@@ -1,0 +1,381 @@
+"""The command line: every verb end to end, and what users get wrong: one line, exit code 2, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from pymatgen.core import Lattice, Structure
+
+from tests.training.tiny import presets, write_cubic_store
+from xrdfast import _native
+from xrdfast.cli import cli
+from xrdfast.data.store import PatternStore
+from xrdfast.models import PRESETS, build_model
+from xrdfast.training.checkpoint import ModelCard, load_model_card, save_model
+
+ROOT = Path(__file__).resolve().parents[1]
+SALT = """data_salt
+_cell_length_a 5.6402
+_cell_length_b 5.6402
+_cell_length_c 5.6402
+_cell_angle_alpha 90
+_cell_angle_beta 90
+_cell_angle_gamma 90
+_symmetry_space_group_name_H-M 'F m -3 m'
+_symmetry_Int_Tables_number {number}
+loop_
+_atom_site_label
+_atom_site_fract_x
+_atom_site_fract_y
+_atom_site_fract_z
+Na1 0 0 0
+Cl1 0.5 0.5 0.5
+"""
+STICKS = "27.37 8.0\n31.70 100.0\n45.45 64.7\n53.87 1.6\n56.47 20.8\n66.23 9.2\n75.30 24.6\n"
+CONFIG = """[model]
+preset = "tiny"
+[data]
+stores = ["{store}"]
+[augment]
+strain = 0.004
+[train]
+epochs = 40
+batch_size = 16
+learning_rate = 1e-2
+ema_decay = 0.9
+device = "cpu"
+"""
+CARD = ModelCard("small", 1.54056, {"two_theta_min": 5.0, "two_theta_max": 90.0, "two_theta_step": 0.01})
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def succeed(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refuse(*arguments: object) -> str:
+    """The message of a run that must fail as bad input does."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("xrdfast: error: ")
+    return line.removeprefix("xrdfast: error: ")
+
+
+@pytest.fixture
+def tiny_presets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, config in presets().items():
+        monkeypatch.setitem(PRESETS, name, config)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small preset, not trained."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "small.safetensors"
+    save_model(path, build_model("small"), CARD)
+    return path
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = (
+        "import sys, xrdfast.cli; "
+        "heavy = {'torch', 'numpy', 'rich', 'matplotlib', 'pymatgen', 'spglib', 'gemmi'} & set(sys.modules); "
+        "print(sorted(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    seconds = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "xrdfast", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        seconds.append(time.perf_counter() - begun)
+    # The limit is 0.3 s on an idle machine; a busy one gets more.
+    assert min(seconds) < 0.6
+    for verb in ("doctor", "build", "simulate", "train", "evaluate", "predict", "import-checkpoint", "demo"):
+        assert verb in done.stdout
+
+
+def test_doctor_and_build():
+    found = json.loads(succeed("doctor", "--json"))
+    assert {"xrdfast", "torch", "_cpu", "compiler", "numpy"} <= found.keys()
+    assert "torch" in succeed("doctor")
+    if _native.cpu() is not None:
+        assert "_cpu" in succeed("build")
+
+
+def test_simulate_writes_store_and_lists(tmp_path):
+    folder = tmp_path / "cifs"
+    folder.mkdir()
+    (folder / "right.cif").write_text(SALT.format(number=225))
+    (folder / "wrong.cif").write_text(SALT.format(number=216).replace("'F m -3 m'", "?"))
+    (folder / "broken.cif").write_text("data_x\n_cell_length_a 3\n")
+    out = tmp_path / "salt.store.safetensors"
+    text = succeed("simulate", folder, "-o", out, "--workers", 1)
+    store = PatternStore.open(out)
+    assert len(store) == 2 and set(store.space_group_01.tolist()) == {225}
+    rejected = [json.loads(line) for line in (tmp_path / "salt.rejected.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rejected] == ["broken.cif"] and rejected[0]["reason"]
+    listed = (tmp_path / "salt.disagreements.jsonl").read_text().splitlines()
+    assert [json.loads(line)["stated"] for line in listed] == [216]
+    assert "2 patterns, 1 structures rejected" in text and "1 state another space group" in text
+    # A second run with nothing to list takes the old lists away.
+    succeed("simulate", folder / "right.cif", "-o", out, "--workers", 1)
+    assert not (tmp_path / "salt.rejected.jsonl").exists()
+    assert not (tmp_path / "salt.disagreements.jsonl").exists()
+
+
+def test_simulate_lines(tmp_path):
+    path = tmp_path / "salt.cif"
+    path.write_text(SALT.format(number=225))
+    lines = succeed("simulate", path, "--lines", "--radiation", "CuKa").splitlines()
+    assert lines[0] == "two_theta,d_spacing,intensity,h,k,l"
+    first = lines[1].split(",")
+    assert first[3:] == ["1", "1", "1"] and float(first[1]) == pytest.approx(5.6402 / 3**0.5, abs=1e-5)
+    succeed("simulate", path, "--lines", "-o", tmp_path / "salt.csv", "--two-theta-max", 60)
+    table = np.loadtxt(tmp_path / "salt.csv", delimiter=",", skiprows=1)
+    assert table[:, 0].max() < 60.0 and table[:, 2].max() == 100.0
+
+
+def test_train_evaluate_predict(tmp_path, tiny_presets):
+    store, run_folder = tmp_path / "cubic.store.safetensors", tmp_path / "run"
+    write_cubic_store(store, 240)
+    config = tmp_path / "run.toml"
+    config.write_text(CONFIG.format(store=store))
+    text = succeed("train", config, "-o", run_folder, "--set", "train.epochs=20", "--set", "train.seed=3")
+    assert "finished" in text and "space group" in text
+    card = load_model_card(run_folder)
+    assert card.config["train"]["epochs"] == 20 and card.config["train"]["seed"] == 3
+    assert (run_folder / "config.toml").exists()
+    text = succeed("evaluate", run_folder, store, "--folds", "0", "--json", tmp_path / "metrics.json")
+    assert "joint posterior" in text and "majority class" in text
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["n_patterns"] == 24
+    assert metrics["tasks"]["space_group"]["top1"] > metrics["majority"]["space_group"]
+    sticks = tmp_path / "salt.xy"
+    sticks.write_text(STICKS)
+    answer = json.loads(
+        succeed("predict", sticks, "--model", run_folder, "--json", "--plot", tmp_path / "a.png")
+    )
+    assert answer["kind"] == "sticks" and len(answer["candidates"]) == 5
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    text = succeed("predict", sticks, "--model", run_folder, "--top", 2)
+    assert "extinction class" in text and "crystal system" in text and "assumed" in text
+
+
+def test_train_refuses_and_resumes(tmp_path, tiny_presets):
+    store, folder, config = tmp_path / "cubic.store.safetensors", tmp_path / "run", tmp_path / "run.toml"
+    write_cubic_store(store)
+    config.write_text(CONFIG.format(store=store))
+    assert "did you mean epochs" in refuse("train", config, "-o", folder, "--set", "train.epoch=1")
+    succeed("train", config, "-o", folder, "--set", "train.epochs=1")
+    model = (folder / "model.safetensors").read_bytes()
+    assert "must be new or resumed" in refuse("train", config, "-o", folder, "--set", "train.epochs=1")
+    assert "train.epochs: must be 1" in refuse("train", config, "-o", folder, "--resume")
+    assert (folder / "model.safetensors").read_bytes() == model
+    succeed("train", config, "-o", folder, "--set", "train.epochs=1", "--resume")
+
+
+def test_interrupted_training_ends_with_130_and_says_how_to_go_on(tmp_path, tiny_presets):
+    store, folder, config = tmp_path / "cubic.store.safetensors", tmp_path / "run", tmp_path / "run.toml"
+    write_cubic_store(store)
+    config.write_text(CONFIG.format(store=store))
+    code = (
+        "import os, signal, threading\n"
+        "from tests.training.tiny import register_presets\n"
+        "from xrdfast.training import trainer\n"
+        "from xrdfast import cli\n"
+        "register_presets()\n"
+        "step = trainer.Trainer._train_step\n"
+        "def stopping(self):\n"
+        "    if self.step == 2:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return step(self)\n"
+        "trainer.Trainer._train_step = stopping\n"
+        "cli.main()\n"
+    )
+    command = [sys.executable, "-c", code, "train", str(config), "-o", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 130, done.stderr
+    assert "--resume" in done.stderr and "Traceback" not in done.stderr
+    assert (folder / "last.safetensors").exists()
+    text = succeed("train", config, "-o", folder, "--resume", "--set", "train.log_steps=5")
+    assert "finished" in text
+
+
+def test_import_checkpoint(tmp_path):
+    import xrdfast.models.published_checkpoint as published
+
+    weights = build_model("paper").state_dict()
+    state = {published.published_name(name): tensor for name, tensor in weights.items()}
+    torch.save(state, tmp_path / "published.pt")
+    out = tmp_path / "paper.safetensors"
+    assert "paper preset" in succeed("import-checkpoint", tmp_path / "published.pt", "-o", out)
+    assert load_model_card(out).preset == "paper"
+    (tmp_path / "no.pt").write_bytes(b"not a checkpoint")
+    assert "no.pt" in refuse("import-checkpoint", tmp_path / "no.pt", "-o", tmp_path / "no.safetensors")
+
+
+def scan(points: int) -> str:
+    x = np.linspace(10.0, 80.0, points)
+    y = 20.0 + 1000.0 * np.exp(-(((x - 31.7) / 0.1) ** 2))
+    return "\n".join(f"{a:.4f} {b:.3f}" for a, b in zip(x, y, strict=True))
+
+
+BAD_PATTERNS = {
+    "empty": ("", "points: must be at least 2"),
+    "truncated": ("10.0 1.0\n20.0", "line 2: must be two or three numbers"),
+    "words": ("10.0 1.0\n20.0 strong\n", "line 2: must be two or three numbers"),
+    "nan": ("10.0 1.0\n20.0 nan\n", "line 2: intensity must be finite"),
+    "infinite": ("10.0 1.0\ninf 2.0\n", "line 2: two_theta must be finite"),
+    "negative": ("10.0 1.0\n20.0 -3.0\n", "line 2: intensity must be >= 0"),
+    "negative angle": ("-10.0 1.0\n20.0 3.0\n", "line 1: two_theta must be between 0 and 180"),
+    "unsorted": ("20.0 1.0\n10.0 3.0\n", "line 2: two_theta must be above"),
+    "all zero": ("10.0 0.0\n20.0 0.0\n", "intensity: must be positive somewhere"),
+    "outside": ("95.0 1.0\n120.0 2.0\n", "two_theta: must have a line within 5..90"),
+    "binary": ("\0\0\0\0", "must be"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PATTERNS)
+def test_bad_patterns(tmp_path, model, name):
+    content, rule = BAD_PATTERNS[name]
+    path = tmp_path / "pattern.xy"
+    path.write_text(content)
+    message = refuse("predict", path, "--model", model)
+    assert message.startswith(str(path)) and rule in message
+
+
+BAD_STRUCTURES = {
+    "truncated": (SALT[:60], "must"),
+    "empty": ("", "must"),
+    "missing lattice": (SALT.replace("_cell_length_a 5.6402\n", ""), "_cell_length_a"),
+    "negative lattice": (SALT.replace("_cell_length_a 5.6402", "_cell_length_a -5"), "_cell_length_a"),
+    "unknown element": (SALT.replace("Na1", "Zz1"), "Zz1"),
+    "nan place": (SALT.replace("Na1 0 0 0", "Na1 nan 0 0"), "must"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STRUCTURES)
+@pytest.mark.parametrize("verb", ["simulate", "predict"])
+def test_bad_structures(tmp_path, model, name, verb):
+    content, rule = BAD_STRUCTURES[name]
+    path = tmp_path / "salt.cif"
+    path.write_text(content.format(number=225))
+    out = tmp_path / "x.store.safetensors"
+    options = ("-o", out) if verb == "simulate" else ("--model", model)
+    message = refuse(verb, path, *options)
+    assert str(path) in message and rule in message
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("value", ["0", "-1.5", "nan", "inf", "CuKz"])
+@pytest.mark.parametrize("option", ["--wavelength", "--radiation"])
+def test_bad_wavelengths(tmp_path, model, value, option):
+    path = tmp_path / "salt.xy"
+    path.write_text(STICKS)
+    assert "wavelength: " in refuse("predict", path, "--model", model, f"{option}={value}")
+    assert "wavelength: " in refuse("simulate", path, f"{option}={value}")
+
+
+def test_bad_stores_and_models(tmp_path, model, tiny_presets):
+    store, sticks = tmp_path / "cubic.store.safetensors", tmp_path / "salt.xy"
+    sticks.write_text(STICKS)
+    write_cubic_store(store)
+    whole = store.read_bytes()
+    for size in (0, 7, 100, len(whole) // 2, len(whole) - 1):
+        store.write_bytes(whole[:size])
+        message = refuse("evaluate", model, store)
+        assert str(store) in message and "must be a whole safetensors file" in message
+    store.write_bytes(whole)
+    assert "format: must be xrdfast-store" in refuse("evaluate", model, model)
+    assert "format: must be xrdfast-model" in refuse("evaluate", store, store)
+    assert "must be readable" in refuse("evaluate", model, tmp_path / "none.store.safetensors")
+    assert "--folds: must be" in refuse("evaluate", model, store, "--folds", "x")
+    assert "model: must be" in refuse("predict", sticks, "--model", tmp_path / "none")
+    other = tmp_path / "other.safetensors"
+    card = ModelCard("plain_cnn", CARD.wavelength, CARD.grid)
+    save_model(other, build_model("small"), card)  # the weights of another preset
+    assert f"{other}: " in refuse("predict", sticks, "--model", other)
+    save_model(other, build_model("small"), ModelCard("none", CARD.wavelength, CARD.grid))
+    assert "preset: must be one of" in refuse("predict", sticks, "--model", other)
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(model.read_bytes()[:-5])
+    assert "must be a whole safetensors file" in refuse("predict", sticks, "--model", cut)
+    assert "must end in .png" in refuse("predict", sticks, "--model", model, "--plot", tmp_path / "a.bmp")
+    assert "must be readable" in refuse("train", tmp_path / "none.toml", "-o", tmp_path / "run")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_full_disk(tmp_path, model, monkeypatch):
+    """The device that is always full stands in for the disk; what was there before is still there."""
+    sticks, plot, store = tmp_path / "a.xy", tmp_path / "a.png", tmp_path / "a.store.safetensors"
+    cif = tmp_path / "salt.cif"
+    cif.write_text(SALT.format(number=225))
+    sticks.write_text(STICKS)
+    plot.write_bytes(b"earlier")
+    store.write_bytes(b"earlier")
+    import builtins
+
+    true_open = builtins.open
+
+    def full_open(path, mode="r", *arguments, **keywords):
+        writes = "w" in mode and str(path).startswith(str(tmp_path))
+        return true_open("/dev/full" if writes else path, mode, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "open", full_open)
+    assert "No space left" in refuse("predict", sticks, "--model", model, "--plot", plot)
+    result = run("simulate", cif, "-o", store, "--workers", 1)
+    assert result.exit_code == 2 and "No space left" in result.stderr
+    monkeypatch.undo()
+    assert plot.read_bytes() == b"earlier" and store.read_bytes() == b"earlier"
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
+
+
+def test_usage_errors_are_one_line(tmp_path):
+    assert "Missing argument" in refuse("predict")
+    assert "No such option" in refuse("predict", "x.xy", "--nothing")
+    assert "No such command" in refuse("nothing")
+    assert "--top" in refuse("predict", "x.xy", "--top", "0")
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    result = run("--debug", "predict", tmp_path / "none.xy", "--model", tmp_path)
+    assert isinstance(result.exception, ValueError)
+
+
+def test_module_entry_point(tmp_path):
+    command = [sys.executable, "-m", "xrdfast", "simulate", str(tmp_path / "none.cif")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"xrdfast: error: {tmp_path / 'none.cif'}: file: must exist, got none\n"
+
+
+def test_structure_round_trip(tmp_path, model):
+    sites = [[1 / 3, 2 / 3, 0.25]]
+    structure = Structure.from_spacegroup("P6_3/mmc", Lattice.hexagonal(3.2, 5.2), ["Mg"], sites)
+    structure.to(filename=str(tmp_path / "mg.cif"))
+    answer = json.loads(succeed("predict", tmp_path / "mg.cif", "--model", model, "--json"))
+    assert answer["kind"] == "structure" and answer["true_space_group_number"] == 194
+    scan_file = tmp_path / "scan.xy"
+    scan_file.write_text(scan(4000))
+    answer = json.loads(succeed("predict", scan_file, "--model", model, "--json", "--radiation", "CuKa1"))
+    assert answer["kind"] == "scan" and "peaks" in " ".join(answer["notes"])
+    assert answer["wavelength_source"] == "stated"

@@ -1,0 +1,188 @@
+"""Answers for lines, scans and structures: units, wavelengths, consistency, and refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from pymatgen.core import Lattice, Structure
+
+from xrdfast.bragg import convert_two_theta, radiations
+from xrdfast.data.structures import from_pymatgen
+from xrdfast.errors import InputError
+from xrdfast.lines import simulate_structure_lines
+from xrdfast.models import build_model
+from xrdfast.posterior import Calibration
+from xrdfast.prediction import SUPERCLASSES, SymmetryPredictor, spoken_classes
+from xrdfast.symmetry import SYMBOLS, TASKS, class_index, class_names
+from xrdfast.training.checkpoint import ModelCard, save_model
+
+LINES = np.array([[27.37, 8.0], [31.70, 100.0], [45.45, 64.7], [56.47, 20.8], [75.30, 24.6]])
+COPPER = 1.54056
+
+
+@pytest.fixture(scope="module")
+def predictor() -> SymmetryPredictor:
+    torch.manual_seed(0)
+    return SymmetryPredictor(build_model("small").eval())
+
+
+def salt():
+    lattice = Lattice.cubic(5.6402)
+    structure = Structure.from_spacegroup("Fm-3m", lattice, ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    return from_pymatgen([structure], ["salt"])
+
+
+def test_answer_is_consistent(predictor):
+    answer = predictor.predict_sticks(*LINES.T, wavelength=COPPER, n_candidates=230)
+    shares = np.array([candidate.probability for candidate in answer.candidates])
+    assert (np.diff(shares) <= 0).all() and shares.sum() == pytest.approx(1.0, abs=1e-5)
+    assert all(c.symbol == SYMBOLS[c.space_group_number - 1] for c in answer.candidates)
+    by_index = dict(zip((c.space_group_number - 1 for c in answer.candidates), shares, strict=True))
+    for level in SUPERCLASSES:
+        ranked = dict(answer.superclasses[level])
+        assert list(ranked.values()) == sorted(ranked.values(), reverse=True)
+        for i, name in enumerate(class_names(level)):
+            members = np.flatnonzero(class_index(level) == i)
+            assert ranked[name] == pytest.approx(sum(by_index[int(g)] for g in members), abs=1e-5)
+        for candidate in answer.candidates[:9]:
+            index = class_index(level)[candidate.space_group_number - 1]
+            assert candidate.superclasses[level] == class_names(level)[index]
+    assert answer.wavelength_source == "stated" and answer.kind == "sticks"
+
+
+def test_scale_of_intensity_does_not_matter(predictor):
+    one = predictor.predict_sticks(*LINES.T)
+    other = predictor.predict_sticks(LINES[:, 0], 37.0 * LINES[:, 1])
+    assert one.wavelength_source == "assumed" and one.wavelength == COPPER
+    assert one.candidates[0].space_group_number == other.candidates[0].space_group_number
+    np.testing.assert_allclose(one.pattern.intensity, other.pattern.intensity)
+
+
+def test_another_wavelength_is_mapped_through_d(predictor):
+    structure, copper = salt(), predictor.predict_structure(salt())
+    molybdenum = radiations()["MoKa1"]
+    lines = simulate_structure_lines(structure, wavelength=molybdenum, two_theta_min=2.0, two_theta_max=38.0)
+    moved = predictor.predict_sticks(lines.two_theta, lines.intensity, wavelength=molybdenum)
+    assert any("mapped from 0.70932" in note for note in moved.notes)
+    n = min(len(moved.pattern.two_theta), len(copper.pattern.two_theta))
+    assert n >= 8
+    np.testing.assert_allclose(moved.pattern.two_theta[:n], copper.pattern.two_theta[:n], atol=1e-6)
+    # Lorentz-polarisation factors are exchanged too, so the intensities are those of the model's wavelength.
+    np.testing.assert_allclose(moved.pattern.intensity[:n], copper.pattern.intensity[:n], rtol=1e-3)
+    for one, two in zip(moved.candidates, copper.candidates, strict=True):
+        assert one.space_group_number == two.space_group_number
+
+
+def test_structure_round_trip(predictor):
+    answer = predictor.predict_structure(salt())
+    assert answer.true_number == 225 and answer.kind == "structure"
+    assert answer.wavelength_source == "simulated"
+    assert answer.pattern.hkl[:3].tolist() == [[1, 1, 1], [2, 0, 0], [2, 2, 0]]
+    assert answer.pattern.intensity.max() == pytest.approx(100.0)
+    with pytest.raises(ValueError, match="structure"):
+        two = type(salt()).concatenate([salt(), salt()])
+        predictor.predict_structure(two)
+
+
+def scan_of(lines: np.ndarray, second: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Counts with background and noise; with a second wavelength its half as strong lines too."""
+    x = np.arange(10.0, 90.0, 0.02)
+    y = 200.0 + 100.0 * np.exp(-x / 20.0)
+    places = [(lines[:, 0], lines[:, 1])]
+    if second is not None:
+        places.append((convert_two_theta(lines[:, 0], radiations()["CuKa1"], second), 0.5 * lines[:, 1]))
+    for two_theta, intensity in places:
+        for place, height in zip(two_theta, intensity, strict=True):
+            y = y + 50.0 * height * np.exp(-(((x - place) / 0.05) ** 2))
+    return x, np.random.default_rng(0).poisson(y).astype(float)
+
+
+def test_scan_goes_through_its_peaks_and_says_so(predictor):
+    answer = predictor.predict_scan(*scan_of(LINES), wavelength=COPPER)
+    assert answer.kind == "scan" and "no model is trained on scans" in answer.notes[0]
+    np.testing.assert_allclose(answer.pattern.two_theta, LINES[:, 0], atol=0.02)
+    assert answer.pattern.scan is not None
+
+
+def test_doublet_of_a_scan(predictor):
+    x, y = scan_of(LINES, second=radiations()["CuKa2"])
+    answer = predictor.predict_scan(x, y)
+    assert answer.wavelength_source == "assumed" and answer.wavelength == radiations()["CuKa1"]
+    assert any("K-alpha 2 satellites" in note for note in answer.notes)
+    # Every line once, at its place for K-alpha 1: satellites that stand apart are gone.
+    assert len(answer.pattern.two_theta) == len(LINES)
+    np.testing.assert_allclose(answer.pattern.two_theta, LINES[:, 0], atol=0.04)
+
+
+def test_files_choose_their_kind(tmp_path, predictor):
+    sticks, scan = tmp_path / "lines.csv", tmp_path / "scan.xy"
+    sticks.write_text("two_theta,intensity\n" + "\n".join(f"{a},{b}" for a, b in LINES))
+    np.savetxt(scan, np.column_stack(scan_of(LINES)))
+    assert predictor.predict_file(sticks).kind == "sticks"
+    assert predictor.predict_file(scan).kind == "scan"
+    assert predictor.predict_file(scan, kind="sticks").kind == "sticks"
+    structure = tmp_path / "salt.safetensors"
+    salt().save(structure)
+    assert predictor.predict_file(structure).true_number == 225
+    with pytest.raises(ValueError, match="kind must be one of"):
+        predictor.predict_file(sticks, kind="photo")
+    flat = tmp_path / "flat.xy"
+    np.savetxt(flat, np.column_stack([np.linspace(10, 80, 2000), np.full(2000, 5.0)]))
+    with pytest.raises(InputError, match=r"flat.xy: peaks: must stand out of the noise, got none"):
+        predictor.predict_file(flat)
+
+
+@pytest.mark.parametrize(
+    ("two_theta", "intensity", "rule"),
+    [
+        ([], [], "not empty"),
+        ([10.0], [1.0, 2.0], "must be"),
+        ([0.0, 10.0], [1.0, 2.0], "two_theta must be between 0 and 180"),
+        ([10.0, np.nan], [1.0, 2.0], "two_theta must be between 0 and 180"),
+        ([10.0, 20.0], [1.0, -2.0], "intensity must be finite and >= 0"),
+        ([10.0, 20.0], [1.0, np.inf], "intensity must be finite and >= 0"),
+        ([10.0, 20.0], [0.0, 0.0], "must have a line within"),
+        ([100.0], [1.0], "must have a line within"),
+    ],
+)
+def test_refuses_bad_lines(predictor, two_theta, intensity, rule):
+    with pytest.raises(ValueError, match=rule):
+        predictor.predict_sticks(two_theta, intensity)
+
+
+@pytest.mark.parametrize("wavelength", [0.0, -1.0, np.nan, np.inf])
+def test_refuses_bad_wavelengths(predictor, wavelength):
+    with pytest.raises(ValueError, match="wavelength must be finite and > 0"):
+        predictor.predict_sticks(*LINES.T, wavelength=wavelength)
+    with pytest.raises(ValueError, match="wavelength must be finite and > 0"):
+        predictor.predict_scan(*scan_of(LINES), wavelength=wavelength)
+
+
+def test_refuses_bad_numbers_of_candidates(predictor):
+    for number in (0, 231):
+        with pytest.raises(ValueError, match=r"n_candidates must be in 1\.\.230"):
+            predictor.predict_sticks(*LINES.T, n_candidates=number)
+
+
+def test_load_brings_grid_wavelength_and_calibration(tmp_path):
+    torch.manual_seed(0)
+    model, path = build_model("small"), tmp_path / "model.safetensors"
+    calibration = Calibration(dict.fromkeys(TASKS, 2.0), dict.fromkeys(TASKS, 0.5))
+    grid = {"two_theta_min": 5.0, "two_theta_max": 90.0, "two_theta_step": 0.01}
+    config = {"data": {"folds_validation": [0, 3]}}
+    save_model(path, model, ModelCard("small", COPPER, grid, config, calibration.to_dict()))
+    loaded = SymmetryPredictor.load(path)
+    assert loaded.calibration == calibration and loaded.grid.n_points == 8500
+    assert loaded.folds_held_out == (0, 3)
+    assert not loaded.model.training
+    answer = loaded.predict_sticks(*LINES.T)
+    assert not any("not calibrated" in note for note in answer.notes)
+    save_model(path, model, ModelCard("small", COPPER, {"two_theta_min": 95.0}))
+    with pytest.raises(InputError, match="card: must describe"):
+        SymmetryPredictor.load(path)
+
+
+def test_spoken_classes():
+    assert spoken_classes("extinction_group", "1, 2") == "1, 2"
+    assert spoken_classes("crystal_system", "cubic") == "cubic"
