@@ -23,14 +23,25 @@ def extensions() -> list[Extension]:
         if include and (include / "pybind11").is_dir():
             break
     else:
-        raise SystemExit("XRDFAST_AOT=1 needs pybind11's headers: pip install pybind11, then add --no-build-isolation")
+        raise SystemExit(
+            "XRDFAST_AOT=1 needs pybind11's headers: pip install pybind11, then add --no-build-isolation"
+        )
     return [
         Extension(
             "xrdfast._cpu",
-            sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp") if p.name != "bind_cuda.cpp"),
+            sorted(
+                str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp") if p.name != "bind_cuda.cpp"
+            ),
             include_dirs=["csrc", str(include)],
             define_macros=[("XRDFAST_AOT", "1")],
-            extra_compile_args="-std=c++17 -O3 -fno-math-errno -fno-trapping-math -fopenmp -fvisibility=hidden".split(),
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+                "-fopenmp",
+                "-fvisibility=hidden",
+            ],
             extra_link_args=["-fopenmp"],
         )
     ]

@@ -72,7 +72,9 @@ def compare(structures: PackedStructures) -> Iterator[Comparison]:
         yield _difference(one.ids[0], two_theta, intensity, want_two_theta, want_intensity)
 
 
-def _difference(name: str, x: np.ndarray, y: np.ndarray, want_x: np.ndarray, want_y: np.ndarray) -> Comparison:
+def _difference(
+    name: str, x: np.ndarray, y: np.ndarray, want_x: np.ndarray, want_y: np.ndarray
+) -> Comparison:
     if len(x) != len(want_x):
         return Comparison(name, np.nan, np.nan, f"{len(x)} lines against {len(want_x)}")
     position, intensity = float(np.abs(x - want_x).max()), float(np.abs(y - want_y).max())
@@ -90,7 +92,9 @@ def _compare_piece(piece: PackedStructures) -> list[Comparison]:
 
 def main() -> None:
     """Compares all structures of the given files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("paths", nargs="+")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args()

@@ -49,8 +49,14 @@ def test_whole_sample_in_one_call(benchmark, row, threads, source: str) -> None:
     sample = aflow_sample()
     packed = from_pymatgen(sample)
     calculator = XRDCalculator()
-    call = (lambda: simulate_lines(packed)) if source == "packed" else (lambda: simulate_lines(from_pymatgen(sample)))
-    pair = paired(call, lambda: [calculator.get_pattern(s, two_theta_range=(5, 90)) for s in sample], rounds=3)
+    call = (
+        (lambda: simulate_lines(packed))
+        if source == "packed"
+        else (lambda: simulate_lines(from_pymatgen(sample)))
+    )
+    pair = paired(
+        call, lambda: [calculator.get_pattern(s, two_theta_range=(5, 90)) for s in sample], rounds=3
+    )
     benchmark.pedantic(call, rounds=5)
     row(
         f"simulate, the 100 prototypes in one call, from {source}",

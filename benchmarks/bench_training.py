@@ -12,7 +12,7 @@ from benchmarks.paired import paired, seconds
 from tests.models.published_reference import published_models, published_step
 from xrdfast.data.generate import PatternSource, generate_store
 from xrdfast.data.store import PatternStore
-from xrdfast.data.structures import load_structures
+from xrdfast.data.structures import analyse_symmetry, load_structures
 from xrdfast.models.presets import build_model
 from xrdfast.symmetry import TASKS, class_index
 from xrdfast.training.balance import Balance, balanced_step
@@ -22,13 +22,13 @@ from xrdfast.training.trainer import Trainer
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4,000 real inorganic structures, simulated (rotations left out: strain then keeps no symmetry, at no less cost)."""
+    """4,000 real inorganic structures, simulated."""
     data = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "inorganic_mp.npz"
     if not data.exists():
         pytest.skip("the shared data folder is not there")
     structures, _ = load_structures(data)
     path = tmp_path_factory.mktemp("store") / "inorganic.store.safetensors"
-    generate_store(structures[::5], path)
+    generate_store(analyse_symmetry(structures[::5]), path)
     return path
 
 
@@ -41,7 +41,9 @@ def test_paper_step_against_the_published_loop(benchmark, row, threads, store: P
     labels = {task: torch.from_numpy(class_index(task).copy())[number - 1] for task in TASKS}
     torch.manual_seed(0)
     models = published_models()
-    published_optimizer = torch.optim.Adam([p for m in models.values() for p in m.parameters()], lr=5e-4, fused=True)
+    published_optimizer = torch.optim.Adam(
+        [p for m in models.values() for p in m.parameters()], lr=5e-4, fused=True
+    )
     model = build_model("paper").train()
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-4, fused=True)
     balance = Balance("mgda", len(TASKS))
@@ -62,7 +64,9 @@ def test_paper_step_against_the_published_loop(benchmark, row, threads, store: P
 
 
 @pytest.mark.parametrize(("preset", "balance"), [("small", "mgda"), ("small", "sum"), ("plain_cnn", "sum")])
-def test_training_speed(benchmark, row, threads, store: Path, tmp_path: Path, preset: str, balance: str) -> None:
+def test_training_speed(
+    benchmark, row, threads, store: Path, tmp_path: Path, preset: str, balance: str
+) -> None:
     """The trainer's own step: reading, straining and rendering a batch of 64, forward, backward, update, average."""
     threads(2)
     trainer = Trainer(

@@ -33,7 +33,9 @@ def main() -> int:
         rows = [b["extra_info"] for b in json.loads(report.read_text())["benchmarks"] if b["extra_info"]]
     print(f"\nMeasured on {processor()}\n\n| what | measured | bar | |\n|---|---|---|---|")
     for row in rows:
-        print(f"| {row['what']} | {row['measured']} | {row['bar']} | {'met' if row['met'] else '**missed**'} |")
+        print(
+            f"| {row['what']} | {row['measured']} | {row['bar']} | {'met' if row['met'] else '**missed**'} |"
+        )
     results = FOLDER / "results"
     results.mkdir(exist_ok=True)
     (results / "local-rows.json").write_text(json.dumps({"processor": processor(), "rows": rows}, indent=1))

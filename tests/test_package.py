@@ -1,16 +1,23 @@
-"""The package as a whole: import arrows, lightness, public names, names of modules."""
+"""The package as a whole: import arrows, lightness, public names, installation, and a bare source tree."""
 
 from __future__ import annotations
 
 import ast
+import dataclasses
+import os
+import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import xrdfast
+from xrdfast.data.structures import from_arrays
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "xrdfast"
@@ -44,6 +51,10 @@ def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+def is_room(name: str) -> bool:
+    return (PACKAGE / f"{name}.py").exists() or (PACKAGE / name).is_dir()
+
+
 def imports_of(path: Path) -> set[str]:
     """Rooms of the package that a file imports when it runs, at whatever level."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -63,11 +74,9 @@ def imports_of(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
-            parts = name.split(".")
-            if parts[0] == "xrdfast" and len(parts) > 1 and (PACKAGE / parts[1]).with_suffix(".py").exists():
-                rooms.add(parts[1])
-            elif parts[0] == "xrdfast" and len(parts) > 1 and (PACKAGE / parts[1]).is_dir():
-                rooms.add(parts[1])
+            package, *rest = name.split(".")
+            if package == "xrdfast" and rest and is_room(rest[0]):
+                rooms.add(rest[0])
     return rooms
 
 
@@ -80,8 +89,21 @@ def test_import_arrows(path: Path) -> None:
         assert imports_of(path) - allowed - {room} == set()
 
 
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+def test_every_room_of_the_table_is_there() -> None:
+    assert set(ARROWS) == {room_of(path) for path in PACKAGE.rglob("*.py")}
+
+
+def run(code: str, *arguments: object, **changes: str) -> str:
+    """Standard output of a program run in the source tree."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=os.environ | changes,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
@@ -106,23 +128,187 @@ def test_help_is_there_at_once() -> None:
 
 
 def test_public_names() -> None:
+    assert set(xrdfast.__all__) <= set(dir(xrdfast))
     for name in xrdfast.__all__:
         assert getattr(xrdfast, name) is not None
+    for name in xrdfast._PUBLIC:
+        assert getattr(xrdfast, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = xrdfast.nothing
 
 
 def sources() -> list[Path]:
     """Every source file of the project."""
-    folders = ("xrdfast", "csrc", "tests", "benchmarks")
-    return sorted(
-        p for f in folders for p in (ROOT / f).rglob("*") if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")
-    )
+    found = [p for f in ("xrdfast", "csrc", "tests", "benchmarks") for p in (ROOT / f).rglob("*")]
+    return [ROOT / "setup.py", *sorted(p for p in found if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"))]
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_file_says_what_it_is_for(path: Path) -> None:
-    text = path.read_text(encoding="utf-8").lstrip()
-    assert not text or text.startswith(('"""', "//", "#!")), "the first lines say what the file is for"
-    assert path.stem not in ("utils", "common", "misc", "tools", "helpers")
-    assert len(text.splitlines()) <= 600
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith(('"""', 'r"""', "// ")), "the first lines say what the file is for"
+    assert len(text.splitlines()) < 600
+    names = {part.strip("_") for part in path.relative_to(ROOT).with_suffix("").parts}
+    assert not names & {"utils", "util", "common", "misc", "tools", "helpers", "core", "shared"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what an installation reads, so that building leaves nothing in the tree."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("xrdfast", "csrc"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    return folder
+
+
+# Hides packages: as sitecustomize.py it works in every Python process that has its folder on the path.
+HIDE = """
+import sys
+
+class _Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {HIDDEN}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, _Hidden())
+"""
+
+
+def hiding(folder: Path, *packages: str) -> str:
+    """PYTHONPATH under which these packages seem not to be installed."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(HIDE.replace("{HIDDEN}", repr(set(packages))))
+    return str(folder)
+
+
+def pip(*arguments: object, **changes: str) -> None:
+    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *map(str, arguments)]
+    done = subprocess.run(command, env=os.environ | changes, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_wheel_holds_sources_and_nothing_compiled(source: Path, tmp_path: Path) -> None:
+    without = hiding(tmp_path / "hide", "torch", "pybind11")
+    pip("wheel", source, "--no-deps", "--no-build-isolation", "-w", tmp_path, PYTHONPATH=without)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    wanted = {f"xrdfast/csrc/{p.name}" for p in (ROOT / "csrc").iterdir() if p.suffix not in (".md", ".so")}
+    wanted |= {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*") if p.suffix in (".py", ".json")}
+    assert "xrdfast/form_factors.json" in wanted
+    assert wanted <= names
+    assert not [name for name in names if name.endswith((".so", ".o", ".a", ".pyc"))]
+
+
+def test_ahead_of_time_build_needs_headers(source: Path, tmp_path: Path) -> None:
+    without = hiding(tmp_path / "hide", "torch", "pybind11")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        env=os.environ | {"XRDFAST_AOT": "1", "PYTHONPATH": without},
+        capture_output=True,
+        text=True,
+        cwd=source,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "needs pybind11's headers" in done.stderr
+    assert "--no-build-isolation" in done.stderr
+
+
+# Cells of every kind of shape; partial occupancy and displacement among the atoms.
+SIMULATE = """
+import sys
+import numpy as np
+from xrdfast import _native
+from xrdfast.data.structures import from_arrays
+from xrdfast.ops.simulate import simulate_families, simulate_lines
+
+rng = np.random.default_rng(5)
+cells = [rng.normal(size=(3, 3)) + np.diag(rng.uniform(4, 12, 3)) for _ in range(20)]
+atoms = []
+for n in rng.integers(1, 30, 20):
+    number, place = rng.choice([6, 14, 26, 82], n), rng.uniform(-1, 1, (n, 3))
+    atoms.append((number, place, rng.uniform(0.2, 1, n), rng.uniform(0, 2, n)))
+structures = from_arrays(cells, atoms, [str(i) for i in range(20)])
+found = {**simulate_lines(structures)._asdict()}
+found |= {f"family_{k}": v for k, v in simulate_families(structures)._asdict().items()}
+np.savez(sys.argv[1], **found)
+print(_native.cpu().__file__)
+"""
+
+
+def test_ahead_of_time_build_gives_the_same_lines(source: Path, tmp_path: Path) -> None:
+    """The installed module has its hot loops once an instruction-set level; the best is picked when loaded."""
+    target = tmp_path / "installed"
+    pip("install", "--no-build-isolation", "--no-deps", "--target", target, source, XRDFAST_AOT="1")
+    (module,) = target.glob("xrdfast/_cpu*.so")
+    jit = run(SIMULATE, tmp_path / "jit.npz", XRDFAST_BACKEND="native")
+    assert not jit.startswith(str(target))
+    done = subprocess.run(
+        [sys.executable, "-c", SIMULATE, str(tmp_path / "aot.npz")],
+        env=os.environ | {"PYTHONPATH": str(target), "XRDFAST_BACKEND": "native", "CXX": "nope"},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(module)
+    with np.load(tmp_path / "jit.npz") as one, np.load(tmp_path / "aot.npz") as other:
+        for name in one.files:
+            if one[name].dtype.kind == "f":
+                # Two instruction sets: sums in another order, products fused or not.
+                np.testing.assert_allclose(other[name], one[name], rtol=1e-6, atol=1e-9)
+            else:
+                np.testing.assert_array_equal(other[name], one[name])
+
+
+# What training from packed structures may not need: everything but torch, numpy, safetensors and ninja.
+OPTIONAL = ("gemmi", "spglib", "pymatgen", "matplotlib", "click", "rich", "scipy", "pyarrow", "ase")
+
+TRAIN = """
+import sys
+from pathlib import Path
+import torch
+import xrdfast.ops.simulate
+from xrdfast import PackedStructures, PatternStore, Trainer, generate_store, simulate_lines
+from xrdfast.training.config import config_from_dict
+
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+structures = PackedStructures.load(folder / "structures.safetensors")
+lines = simulate_lines(structures)
+assert lines.status.tolist() == [0] * len(structures)
+store = folder / "some.store.safetensors"
+assert generate_store(structures, store) == []
+assert len(PatternStore.open(store)) == len(structures)
+train = {"epochs": 1, "batch_size": 2, "warmup_fraction": 0.0}
+config = config_from_dict({"model": {"preset": "small"}, "data": {"stores": [str(store)]}, "train": train})
+result = Trainer(config, folder / "run").run()
+print(result.status, result.step)
+"""
+
+
+def test_a_bare_source_tree_simulates_and_trains(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    cells = [np.eye(3) * edge for edge in rng.uniform(3, 5, 8)]
+    places = np.array([[0.0, 0.0, 0.0], [0.5, 0.5, 0.5]])
+    atoms = [(np.array([11 + i, 17]), places, np.ones(2), np.zeros(2)) for i in range(8)]
+    structures = from_arrays(cells, atoms, [f"cubic {i}" for i in range(8)])
+    structures = dataclasses.replace(
+        structures,
+        space_group_001=torch.full((8,), 221, dtype=torch.int16),
+        space_group_01=torch.full((8,), 221, dtype=torch.int16),
+        to_standard=torch.eye(3, dtype=torch.float64).repeat(8, 1, 1),
+        fold=torch.tensor([0, 0, 1, 2, 3, 4, 5, 6], dtype=torch.int8),
+    )
+    structures.save(tmp_path / "structures.safetensors")
+    without = hiding(tmp_path / "hide", *OPTIONAL)
+    assert run(TRAIN, tmp_path, PYTHONPATH=without, XRDFAST_BACKEND="native") == "finished 3"
+    # What does need a hidden package says which.
+    code = "from xrdfast.scattering import form_factor_table\nform_factor_table('international')"
+    with pytest.raises(AssertionError, match="gemmi"):
+        run(code, PYTHONPATH=without)

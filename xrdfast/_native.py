@@ -35,11 +35,18 @@ _PACKAGE = Path(__file__).resolve().parent
 CSRC = _PACKAGE / "csrc" if (_PACKAGE / "csrc").is_dir() else _PACKAGE.parent / "csrc"
 EXTENSION_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
-_CXX_FLAGS = (
-    "-std=c++17 -O3 -fno-math-errno -fno-trapping-math -fopenmp -fPIC -fvisibility=hidden -march=native".split()
-)
-_EMULATOR_FLAGS = "-O1 -g -Wno-unknown-pragmas -DXRDFAST_MODULE=_emu".split()
-_NVCC_FLAGS = "-std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden".split()
+_CXX_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-march=native",
+]
+_EMULATOR_FLAGS = ["-O1", "-g", "-Wno-unknown-pragmas", "-DXRDFAST_MODULE=_emu"]
+_NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 _LOCK_TIMEOUT = 300.0  # seconds; a whole build takes about 10
 _MAX_JOBS = 4
 
@@ -114,7 +121,9 @@ def status() -> dict[str, object]:
             except BuildError:
                 module = None
         failure = _modules.get(name)
-        report[name] = str(module.__file__) if module else f"reference: {failure or 'asked for by XRDFAST_BACKEND'}"
+        report[name] = (
+            str(module.__file__) if module else f"reference: {failure or 'asked for by XRDFAST_BACKEND'}"
+        )
     return report
 
 
@@ -139,7 +148,9 @@ def _module(name: str) -> ModuleType | None:
     global _warned
     if not _warned:
         _warned = True
-        warnings.warn(f"{found}\nxrdfast goes on with the slow PyTorch references.", RuntimeWarning, stacklevel=3)
+        warnings.warn(
+            f"{found}\nxrdfast goes on with the slow PyTorch references.", RuntimeWarning, stacklevel=3
+        )
     return None
 
 
@@ -210,10 +221,16 @@ def _plan(name: str, emulator: Path | None) -> _Plan:
     include = [f"-I{CSRC}", f"-I{_pybind11_include()}", f"-I{sysconfig.get_paths()['include']}"]
     kernels, folders = sorted(CSRC.glob("*.cu")), [CSRC]
     if name == "_cpu":
-        sources = {p: [cxx, *_CXX_FLAGS, *include] for p in sorted(CSRC.glob("*.cpp")) if p.name != "bind_cuda.cpp"}
+        sources = {
+            p: [cxx, *_CXX_FLAGS, *include] for p in sorted(CSRC.glob("*.cpp")) if p.name != "bind_cuda.cpp"
+        }
         link = [cxx, "-shared", "-fopenmp"]
     elif name == "_emu":
-        flags = [*(f for f in _CXX_FLAGS if f not in ("-O3", "-march=native")), *_EMULATOR_FLAGS, f"-I{emulator}"]
+        flags = [
+            *(f for f in _CXX_FLAGS if f not in ("-O3", "-march=native")),
+            *_EMULATOR_FLAGS,
+            f"-I{emulator}",
+        ]
         sources = {p: [cxx, *flags, *include, "-x", "c++"] for p in [*kernels, CSRC / "bind_cuda.cpp"]}
         link = [cxx, "-shared"]
         folders.append(emulator)
@@ -258,7 +275,9 @@ def _compile(plan: _Plan, folder: Path, target: Path) -> None:
     ninja = _ninja()
     if ninja is None:
         raise BuildError("no ninja to run the build. Install it: pip install ninja")
-    for orphan in folder.glob("build-*"):  # of a builder that was killed: the lock is ours, so nobody works there
+    for orphan in folder.glob(
+        "build-*"
+    ):  # of a builder that was killed: the lock is ours, so nobody works there
         shutil.rmtree(orphan, ignore_errors=True)
     print(f"xrdfast: building {target.name}, once (about 10 s) ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as temporary:
@@ -272,7 +291,11 @@ def _compile(plan: _Plan, folder: Path, target: Path) -> None:
         (Path(temporary) / "build.ninja").write_text("\n".join(rules) + "\n")
         jobs = min(os.cpu_count() or 1, _MAX_JOBS)
         done = subprocess.run(
-            [ninja, "-C", temporary, "-j", str(jobs)], capture_output=True, text=True, errors="replace", check=False
+            [ninja, "-C", temporary, "-j", str(jobs)],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
         )
         if done.returncode != 0:
             lines = (done.stdout + done.stderr).strip().splitlines()
@@ -298,7 +321,9 @@ def _file_lock(path: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise BuildError(f"{path}: held by another build for over {_LOCK_TIMEOUT:.0f} s") from None
+                    raise BuildError(
+                        f"{path}: held by another build for over {_LOCK_TIMEOUT:.0f} s"
+                    ) from None
                 time.sleep(0.1)
         yield
 
@@ -306,7 +331,9 @@ def _file_lock(path: Path) -> Iterator[None]:
 def _cache_root() -> Path:
     if folder := os.environ.get("XRDFAST_CACHE"):
         return Path(folder).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser().absolute() / "xrdfast"
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser().absolute() / "xrdfast"
+    )
 
 
 def _cxx() -> str:
@@ -321,7 +348,7 @@ def _nvcc() -> str:
 
 
 def _ninja() -> str | None:
-    """ninja of the running environment, which need not be activated, else of PATH."""
+    """Ninja of the running environment, which need not be activated, else of PATH."""
     with contextlib.suppress(ImportError):
         import ninja
 
@@ -350,7 +377,11 @@ def _version_line(command: list[str]) -> str:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     except OSError as error:
         return f"{command[0]}: {error.strerror}"
-    return (done.stdout or done.stderr).strip().splitlines()[0] if (done.stdout or done.stderr).strip() else command[0]
+    return (
+        (done.stdout or done.stderr).strip().splitlines()[0]
+        if (done.stdout or done.stderr).strip()
+        else command[0]
+    )
 
 
 def _cpu_flags() -> str:

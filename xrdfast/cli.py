@@ -487,7 +487,11 @@ def import_checkpoint(file: Path, output: Path) -> None:
 @cli.command()
 @click.option("-o", "--output", default=DEMO_FOLDER, show_default=True, type=click.Path(path_type=Path))
 @click.option(
-    "--minutes", default=2.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Of training."
+    "--minutes",
+    default=3.5,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Of training, at most.",
 )
 def demo(output: Path, minutes: float) -> None:
     """The main job in under five minutes: structures, simulation, training, evaluation, an answer."""

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Bad input, told in one line: "<file>: <field>: <rule>, got <what>". The command line prints it and exits with 2."""
+    """Bad input in one line: "<file>: <field>: <rule>, got <what>". The command line prints it and exits with 2."""

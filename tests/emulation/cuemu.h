@@ -99,7 +99,6 @@ struct Warp {
 };
 
 struct alignas(8) SyncObject { char address; };  // TSan knows one by its address
-
 struct Machine {
     Fiber fiber[kMaxThreads];
     Warp warp[kMaxThreads / kWarp];
@@ -188,10 +187,9 @@ CUEMU_HIDDEN inline void enter_fiber(Fiber* fiber) {
 }
 
 [[noreturn]] inline void fail(const char* what) {
-    constexpr int kShown = 40;
     const Machine& m = machine();
     std::fprintf(stderr, "cuemu: %s in block (%u,%u,%u)\n", what, m.block_index.x, m.block_index.y, m.block_index.z);
-    for (int i = 0, shown = 0; i < m.n_threads && shown < kShown; ++i) {
+    for (int i = 0, shown = 0; i < m.n_threads && shown < 40; ++i) {
         const Fiber& f = m.fiber[i];
         if (f.state == State::kDone) continue;
         const char* where = f.state == State::kAtBlockBarrier    ? "at __syncthreads"
@@ -301,12 +299,14 @@ CUEMU_HIDDEN inline unsigned ballot(unsigned mask, int predicate) {
 
 #if defined(__SANITIZE_THREAD__)
 // Mapped before the launch, where that is no race; never used twice in one, so that races between blocks show.
-constexpr size_t kArena = size_t{1} << 30;
+constexpr size_t kArena = size_t{1} << 26;
+inline char* map_memory(char* at, size_t bytes) {
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (at ? MAP_FIXED : 0);
+    return static_cast<char*>(mmap(at, bytes, PROT_READ | PROT_WRITE, flags, -1, 0));
+}
 CUEMU_HIDDEN inline void clear_arena() {
-    Machine& m = machine();
-    constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-    if (!m.arena) m.arena = static_cast<char*>(mmap(nullptr, kArena, PROT_READ | PROT_WRITE, kFlags, -1, 0));
-    m.arena_used = 0;
+    machine().arena = map_memory(machine().arena, kArena);
+    machine().arena_used = 0;
 }
 #endif
 
@@ -342,8 +342,13 @@ CUEMU_HIDDEN inline void start_fiber(int i) {
     f.n_warp_operations = f.mask = 0;
     const unsigned n = static_cast<unsigned>(i);
     f.thread = dim3(n % m.block.x, n / m.block.x % m.block.y, n / (m.block.x * m.block.y));
+#if defined(__SANITIZE_THREAD__)
+    // Mapped anew for every block: TSan forgets what the fiber of an earlier block did to it.
+    f.stack = map_memory(f.stack, kStack);
+    f.tsan_fiber = __tsan_create_fiber(0);
+#else
     if (!f.stack) f.stack = static_cast<char*>(std::aligned_alloc(64, kStack));
-    CUEMU_TSAN(f.tsan_fiber = __tsan_create_fiber(0));
+#endif
 #if defined(CUEMU_UCONTEXT)
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack;
@@ -434,7 +439,7 @@ T atomic_update(T* at, Combine combine) {
     return old;
 }
 
-inline int shuffle_lane() { return machine().current->lane; }
+inline int own_lane() { return machine().current->lane; }
 
 }  // namespace cuemu
 
@@ -459,17 +464,17 @@ T __shfl_sync(unsigned mask, T value, int source) {
 }
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int bits) {
-    return cuemu::shuffle(mask, value, cuemu::shuffle_lane() ^ bits, "at __shfl_xor_sync");
+    return cuemu::shuffle(mask, value, cuemu::own_lane() ^ bits, "at __shfl_xor_sync");
 }
 // Beyond the warp's end a lane gets its own value back, as on the GPU.
 template <typename T>
 T __shfl_down_sync(unsigned mask, T value, int distance) {
-    const int lane = cuemu::shuffle_lane(), source = lane + distance;
+    const int lane = cuemu::own_lane(), source = lane + distance;
     return cuemu::shuffle(mask, value, source > 31 ? lane : source, "at __shfl_down_sync");
 }
 template <typename T>
 T __shfl_up_sync(unsigned mask, T value, int distance) {
-    const int lane = cuemu::shuffle_lane(), source = lane - distance;
+    const int lane = cuemu::own_lane(), source = lane - distance;
     return cuemu::shuffle(mask, value, source < 0 ? lane : source, "at __shfl_up_sync");
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) { return cuemu::ballot(mask, predicate); }
@@ -483,11 +488,7 @@ T atomicMax(T* at, T value) {
     return cuemu::atomic_update(at, [=](T old) { return old < value ? value : old; });
 }
 
-inline int __float_as_int(float x) {
-    int bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
+inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
 inline void sincospi(double x, double* sine, double* cosine) {
     const double turn = 3.14159265358979323846 * (x - 2.0 * std::rint(0.5 * x));
     *sine = std::sin(turn);

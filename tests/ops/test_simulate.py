@@ -45,7 +45,9 @@ def random_structures(n: int, seed: int, *, n_atoms: int = 7, b_iso: bool = True
     return from_arrays(list(lattices), atoms, [str(i) for i in range(n)])
 
 
-def arguments(structures: PackedStructures, *, dispersion: bool = False, table: str = "pymatgen", top: float = 90.0):
+def arguments(
+    structures: PackedStructures, *, dispersion: bool = False, table: str = "pymatgen", top: float = 90.0
+):
     first = simulate._arguments("test", structures, 1.54184, table, dispersion)
     g_min, g_max = (2.0 * math.sin(math.radians(t / 2.0)) / 1.54184 for t in (5.0, top))
     return (*first, 1.54184, g_min, g_max)
@@ -82,7 +84,9 @@ def test_native_families_equal_the_reference() -> None:
         PackedStructures.concatenate([random_structures(10, seed=2), salts()]), n_workers=1
     )
     extra = (structures.rotation_offset, structures.rotations, 1e-6)
-    want, got = (Families(*BACKENDS[name][1](*arguments(structures), *extra)) for name in ("reference", "cpu"))
+    want, got = (
+        Families(*BACKENDS[name][1](*arguments(structures), *extra)) for name in ("reference", "cpu")
+    )
     for name in ("offset", "hkl", "multiplicity", "status"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
     torch.testing.assert_close(got.f_squared, want.f_squared, rtol=2e-6, atol=1e-4)
@@ -92,13 +96,19 @@ def salts() -> PackedStructures:
     """Rock salt (conventional and primitive cell), CsCl, hcp Mg, rutile: known multiplicities."""
     from pymatgen.core import Lattice, Structure
 
-    rock_salt = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    rock_salt = Structure.from_spacegroup(
+        "Fm-3m", Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]]
+    )
     return from_pymatgen(
         [
             rock_salt,
             rock_salt.get_primitive_structure(),
-            Structure.from_spacegroup("Pm-3m", Lattice.cubic(4.12), ["Cs", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]]),
-            Structure.from_spacegroup("P6_3/mmc", Lattice.hexagonal(3.21, 5.21), ["Mg"], [[1 / 3, 2 / 3, 0.25]]),
+            Structure.from_spacegroup(
+                "Pm-3m", Lattice.cubic(4.12), ["Cs", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]]
+            ),
+            Structure.from_spacegroup(
+                "P6_3/mmc", Lattice.hexagonal(3.21, 5.21), ["Mg"], [[1 / 3, 2 / 3, 0.25]]
+            ),
             Structure.from_spacegroup(
                 "P4_2/mnm", Lattice.tetragonal(4.594, 2.959), ["Ti", "O"], [[0, 0, 0], [0.305, 0.305, 0]]
             ),
@@ -109,7 +119,9 @@ def salts() -> PackedStructures:
 def test_known_multiplicities(backend: str) -> None:
     families = simulate_families(analyse_symmetry(salts(), n_workers=1), two_theta_max=60.0, margin=0.0)
     rows = slice(int(families.offset[0]), int(families.offset[1]))
-    found = dict(zip(map(tuple, families.hkl[rows].tolist()), families.multiplicity[rows].tolist(), strict=True))
+    found = dict(
+        zip(map(tuple, families.hkl[rows].tolist()), families.multiplicity[rows].tolist(), strict=True)
+    )
     assert found == {(1, 1, 1): 8, (2, 0, 0): 6, (2, 2, 0): 12, (3, 1, 1): 24, (2, 2, 2): 8}
     # The primitive cell has the same families under other indices.
     sizes = families.offset.diff().tolist()
@@ -117,7 +129,9 @@ def test_known_multiplicities(backend: str) -> None:
     primitive = slice(int(families.offset[1]), int(families.offset[2]))
     assert families.multiplicity[primitive].tolist() == families.multiplicity[rows].tolist()
     # |F|^2 scales with the square of the cell's content: four formula units against one.
-    torch.testing.assert_close(families.f_squared[rows], 16.0 * families.f_squared[primitive], rtol=1e-5, atol=1e-2)
+    torch.testing.assert_close(
+        families.f_squared[rows], 16.0 * families.f_squared[primitive], rtol=1e-5, atol=1e-2
+    )
 
 
 def test_families_carry_the_intensity_of_the_lines() -> None:
@@ -160,14 +174,18 @@ def test_international_form_factors_reach_the_known_intensity_ratio() -> None:
 def test_dispersion_moves_copper_lines() -> None:
     from pymatgen.core import Lattice, Structure
 
-    copper = from_pymatgen([Structure.from_spacegroup("Pm-3m", Lattice.cubic(4.0), ["Cu", "Cl"], [[0, 0, 0], [0.5] * 3])])
+    copper = from_pymatgen(
+        [Structure.from_spacegroup("Pm-3m", Lattice.cubic(4.0), ["Cu", "Cl"], [[0, 0, 0], [0.5] * 3])]
+    )
     plain, corrected = (simulate_lines(copper, dispersion=flag).intensity for flag in (False, True))
     assert float((plain - corrected).abs().max()) > 1.0
 
 
 def test_origin_shift_and_supercell_change_nothing(backend: str) -> None:
     structure = salts()[0]
-    shifted = dataclasses.replace(structure, fractional=structure.fractional + torch.tensor([0.13, 0.27, -0.4]).double())
+    shifted = dataclasses.replace(
+        structure, fractional=structure.fractional + torch.tensor([0.13, 0.27, -0.4]).double()
+    )
     doubled = from_pymatgen([to_pymatgen(structure).make_supercell([1, 1, 2])])
     want = simulate_lines(structure)
     for other in (shifted, doubled):
@@ -180,7 +198,10 @@ def test_large_sets_in_pieces_equal_one_call(monkeypatch: pytest.MonkeyPatch) ->
     structures = random_structures(30, seed=3)
     whole_lines, whole_families = simulate_lines(structures), simulate_families(structures)
     monkeypatch.setattr(simulate, "_ROWS_A_CALL", 700)
-    for want, got in ((whole_lines, simulate_lines(structures)), (whole_families, simulate_families(structures))):
+    for want, got in (
+        (whole_lines, simulate_lines(structures)),
+        (whole_families, simulate_families(structures)),
+    ):
         for a, b in zip(want, got, strict=True):
             assert torch.equal(a, b)
 
@@ -204,7 +225,9 @@ def test_structures_that_cannot_be_simulated_say_why(backend: str) -> None:
     unknown = (np.array([118]), np.zeros((1, 3)), np.ones(1), np.zeros(1))
     empty_site = (np.array([26]), np.zeros((1, 3)), np.zeros(1), np.zeros(1))
     cells = [np.eye(3) * 3, np.zeros((3, 3)), np.eye(3) * math.nan, np.eye(3) * 1e6, np.eye(3) * 0.5]
-    structures = from_arrays([*cells, np.eye(3) * 3, np.eye(3) * 3], [fe] * 5 + [unknown, empty_site], list("abcdefg"))
+    structures = from_arrays(
+        [*cells, np.eye(3) * 3, np.eye(3) * 3], [fe] * 5 + [unknown, empty_site], list("abcdefg")
+    )
     for result in (simulate_lines(structures), simulate_families(structures)):
         assert result.status.tolist() == [0, 4, 4, 3, 1, 2, 5]
         assert result.offset.diff()[1:].tolist() == [0] * 6

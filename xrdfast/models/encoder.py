@@ -10,6 +10,7 @@ silent.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -93,7 +94,7 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        steps = zip(PATCH_CHANNELS[:-1], PATCH_CHANNELS[1:], strict=True)
+        steps = itertools.pairwise(PATCH_CHANNELS)
         self.convolutions = nn.ModuleList(nn.Conv1d(i, o, 3, padding=1) for i, o in steps)
 
     def forward(self, patches: Tensor) -> Tensor:

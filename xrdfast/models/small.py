@@ -5,6 +5,8 @@ Own design, not the published one (`encoder.py`): the same four tasks on the sam
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -79,7 +81,7 @@ class SmallEncoder(nn.Module):
         self.register_buffer("bin", (share * (N_BINS - 1e-6)).long(), persistent=False)
         self.stem = PatchMerge(1, WIDTHS[0], PATCH)
         self.position = nn.Parameter(0.02 * torch.randn(N_BINS // PATCH + 1, WIDTHS[0]))
-        pairs = list(zip(WIDTHS[:-1], WIDTHS[1:], strict=True))
+        pairs = list(itertools.pairwise(WIDTHS))
         self.norms = nn.ModuleList(nn.LayerNorm(i) for i, _ in pairs)
         self.mergers = nn.ModuleList(PatchMerge(i, o) for i, o in pairs)
         self.norm = nn.LayerNorm(self.n_features)

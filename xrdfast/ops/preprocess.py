@@ -101,7 +101,9 @@ def sticks_to_grid(
     point = ((two_theta - grid.two_theta_min) * (1.0 / grid.two_theta_step)).floor().long()
     inside = (point >= 0) & (point < grid.n_points)
     flat = two_theta.new_zeros(n_patterns * grid.n_points)
-    flat.scatter_reduce_(0, (pattern * grid.n_points + point)[inside], intensity[inside].to(flat.dtype), "amax")
+    flat.scatter_reduce_(
+        0, (pattern * grid.n_points + point)[inside], intensity[inside].to(flat.dtype), "amax"
+    )
     return _scaled(flat.view(n_patterns, grid.n_points))
 
 
@@ -141,7 +143,9 @@ def render_sticks_reference(
     line_strength = strength.new_zeros(len(unique)).index_add_(0, line, strength)
     line_angle = torch.full_like(line_strength, 180.0).scatter_reduce_(0, line, two_theta, "amin")
     line_pattern = torch.div(unique, math.ceil(180.0 / MERGE_STEP), rounding_mode="floor")
-    strongest = strength.new_zeros(n_patterns).scatter_reduce_(0, line_pattern, line_strength, "amax")[line_pattern]
+    strongest = strength.new_zeros(n_patterns).scatter_reduce_(0, line_pattern, line_strength, "amax")[
+        line_pattern
+    ]
     scaled = line_strength / strongest * 100.0
     # a pattern that is empty or not finite stays blank
     keep = torch.isfinite(strongest) & (strongest > 0) & (scaled > MIN_SCALED_INTENSITY)
@@ -200,7 +204,15 @@ def _render_arguments(
     n_patterns = len(offset) - 1
     intensity = f_squared.new_empty((n_patterns, n_points))
     pointers = [x.data_ptr() for x in (*held, intensity)]
-    sizes = (hkl.stride(0), multiplicity.stride(0), n_patterns, n_points, wavelength, two_theta_min, two_theta_step)
+    sizes = (
+        hkl.stride(0),
+        multiplicity.stride(0),
+        n_patterns,
+        n_points,
+        wavelength,
+        two_theta_min,
+        two_theta_step,
+    )
     return held, intensity, pointers, sizes
 
 
@@ -233,11 +245,15 @@ def _check_sticks(
             )
     falls = (offset[1:] < offset[:-1]).any() | (offset[0] != 0) | (offset[-1] != n_families)
     if bool(falls):  # one synchronisation
-        raise ValueError(f"render_sticks: offset must rise from 0 to {n_families}, got {offset.tolist()[:5]} ...")
+        raise ValueError(
+            f"render_sticks: offset must rise from 0 to {n_families}, got {offset.tolist()[:5]} ..."
+        )
     if not (math.isfinite(wavelength) and wavelength > 0):
         raise ValueError(f"render_sticks: wavelength must be finite and > 0 Angstrom, got {wavelength}")
     if not two_theta_step > 0 or n_points < 1:
-        raise ValueError(f"render_sticks: grid must have a step > 0 and a point, got {two_theta_step}, {n_points}")
+        raise ValueError(
+            f"render_sticks: grid must have a step > 0 and a point, got {two_theta_step}, {n_points}"
+        )
 
 
 LIBRARY.impl("render_sticks", _render_sticks_cpu, "CPU")

@@ -10,6 +10,7 @@ Not for profiles or grids: see `xrdfast.ops.preprocess`.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
@@ -114,7 +115,13 @@ def simulate_lines(
     arguments = _arguments("simulate_lines", structures, wavelength, form_factors, dispersion)
     g_min = _limit("simulate_lines", "two_theta_min", two_theta_min, wavelength)
     g_max = _limit("simulate_lines", "two_theta_max", two_theta_max, wavelength)
-    _require(g_min < g_max, "simulate_lines", "two_theta_max", f"above two_theta_min = {two_theta_min}", two_theta_max)
+    _require(
+        g_min < g_max,
+        "simulate_lines",
+        "two_theta_max",
+        f"above two_theta_min = {two_theta_min}",
+        two_theta_max,
+    )
     return Lines(*torch.ops.xrdfast.simulate_lines(*arguments, wavelength, g_min, g_max))
 
 
@@ -188,19 +195,29 @@ def _limit(op: str, argument: str, two_theta: float, wavelength: float) -> float
 def _form_factor_tensor(name: str) -> tuple[Tensor, bool]:
     table = scattering.form_factor_table(name)
     columns = [torch.as_tensor(x, dtype=torch.float64) for x in (table.a, table.b, table.c)]
-    return torch.cat([columns[0], columns[1], columns[2][:, None]], dim=1).contiguous(), bool(table.mott_bethe)
+    return torch.cat([columns[0], columns[1], columns[2][:, None]], dim=1).contiguous(), bool(
+        table.mott_bethe
+    )
 
 
 @functools.lru_cache(maxsize=8)
 def _dispersion_tensor(wavelength: float) -> Tensor:
     f_prime, f_double_prime = scattering.dispersion_table(wavelength)
-    return torch.stack([torch.as_tensor(f_prime), torch.as_tensor(f_double_prime)], dim=1).double().contiguous()
+    return (
+        torch.stack([torch.as_tensor(f_prime), torch.as_tensor(f_double_prime)], dim=1).double().contiguous()
+    )
 
 
 def _arguments(
     op: str, structures: PackedStructures, wavelength: float, form_factors: str, dispersion: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, Tensor | None]:
-    _require(math.isfinite(wavelength) and wavelength > 0.0, op, "wavelength", "finite and > 0 Angstrom", wavelength)
+    _require(
+        math.isfinite(wavelength) and wavelength > 0.0,
+        op,
+        "wavelength",
+        "finite and > 0 Angstrom",
+        wavelength,
+    )
     table, mott_bethe = _form_factor_tensor(form_factors)
     corrections = _dispersion_tensor(wavelength) if dispersion else None
     device = structures.lattice.device
@@ -274,12 +291,25 @@ def _offsets_checked(op: str, name: str, offset: Tensor, n_rows: int) -> None:
         raise ValueError(f"{op}: {name} must rise from 0 to {n_rows}, got {offset.tolist()[:5]} ...")
 
 
-def _native_simulate(op: str, outputs: list[tuple[tuple[int, ...], torch.dtype]], arguments: tuple, extra: tuple):
+def _native_simulate(
+    op: str, outputs: list[tuple[tuple[int, ...], torch.dtype]], arguments: tuple, extra: tuple
+):
     """Runs a native simulator over pieces of at most _ROWS_A_CALL reflections; returns offset, columns..., status."""
     module = _native.cpu()
-    offset, lattice, number, fractional, occupancy, b_iso, table, mott_bethe, dispersion, wavelength, g_min, g_max = (
-        arguments
-    )
+    (
+        offset,
+        lattice,
+        number,
+        fractional,
+        occupancy,
+        b_iso,
+        table,
+        mott_bethe,
+        dispersion,
+        wavelength,
+        g_min,
+        g_max,
+    ) = arguments
     atoms = (number, fractional, occupancy, b_iso, table)
     held = [x if x.is_contiguous() else x.contiguous() for x in (offset, lattice, *atoms)]
     pointers = [x.data_ptr() for x in held]
@@ -293,7 +323,7 @@ def _native_simulate(op: str, outputs: list[tuple[tuple[int, ...], torch.dtype]]
     status = torch.empty(n_structures, dtype=torch.int32)
     rows = torch.empty(n_structures + 1, dtype=torch.int64)
     pieces, found, base = [], 0, 0
-    for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+    for begin, end in itertools.pairwise(cuts):
         # A piece is a window on the same arrays: its offsets count from the whole array's start.
         found = getattr(module, op)(
             pointers[0] + 8 * begin,
@@ -307,7 +337,11 @@ def _native_simulate(op: str, outputs: list[tuple[tuple[int, ...], torch.dtype]]
             g_min,
             g_max,
             capacity.data_ptr() + 8 * begin,
-            *(x.data_ptr() + (8 * begin if x.dtype == torch.int64 else 0) for x in extra if isinstance(x, Tensor)),
+            *(
+                x.data_ptr() + (8 * begin if x.dtype == torch.int64 else 0)
+                for x in extra
+                if isinstance(x, Tensor)
+            ),
             *(x for x in extra if not isinstance(x, Tensor)),
             rows.data_ptr() + 8 * begin,
             *(x.data_ptr() for x in columns),
@@ -328,7 +362,9 @@ def _native_simulate(op: str, outputs: list[tuple[tuple[int, ...], torch.dtype]]
 def _lines_checked(arguments: tuple) -> None:
     op = "simulate_lines"
     offset, lattice, number, fractional, occupancy, b_iso = arguments[:6]
-    _checked(op, offset, lattice, atomic_number=number, fractional=fractional, occupancy=occupancy, b_iso=b_iso)
+    _checked(
+        op, offset, lattice, atomic_number=number, fractional=fractional, occupancy=occupancy, b_iso=b_iso
+    )
     _offsets_checked(op, "atom_offset", offset, len(number))
 
 
@@ -336,12 +372,18 @@ def _families_checked(arguments: tuple) -> None:
     op = "simulate_families"
     offset, lattice, number, fractional, occupancy, b_iso = arguments[:6]
     rotation_offset, rotations, _ = arguments[12:]
-    _checked(op, offset, lattice, atomic_number=number, fractional=fractional, occupancy=occupancy, b_iso=b_iso)
+    _checked(
+        op, offset, lattice, atomic_number=number, fractional=fractional, occupancy=occupancy, b_iso=b_iso
+    )
     _offsets_checked(op, "atom_offset", offset, len(number))
     if rotations.shape[1:] != (3, 3) or rotations.dtype != torch.int8:
-        raise ValueError(f"{op}: rotations must be (n, 3, 3) int8, got {tuple(rotations.shape)} {rotations.dtype}")
+        raise ValueError(
+            f"{op}: rotations must be (n, 3, 3) int8, got {tuple(rotations.shape)} {rotations.dtype}"
+        )
     if rotation_offset.shape != offset.shape or rotation_offset.dtype != torch.int64:
-        raise ValueError(f"{op}: rotation_offset must be {tuple(offset.shape)} int64, got {rotation_offset.dtype}")
+        raise ValueError(
+            f"{op}: rotation_offset must be {tuple(offset.shape)} int64, got {rotation_offset.dtype}"
+        )
     if not rotations.device == rotation_offset.device == lattice.device:
         raise ValueError(f"{op}: rotations must be on {lattice.device}, got {rotations.device}")
     _offsets_checked(op, "rotation_offset", rotation_offset, len(rotations))
