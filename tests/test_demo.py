@@ -64,6 +64,21 @@ def test_relatives_keep_their_symmetry_and_differ(some):
         assert len(one.atomic_number.unique()) == n_elements  # different elements stay different
 
 
+def test_split_keeps_relatives_together_and_teaches_every_group(prototypes):
+    analysed = analyse_symmetry(prototypes, n_workers=1)
+    clean = analysed[analysed.space_group_001 == analysed.space_group_01]
+    parts = demo.split_structures(clean)
+    training, calibration, held_out = parts
+    assert sum(map(len, parts)) == len(clean)
+    assert len(calibration) >= 20 and len(held_out) >= 50
+    names = [set(part.family) | set(part.formula) for part in parts]
+    assert not names[0] & names[1] and not names[0] & names[2] and not names[1] & names[2]
+    taught = set(training.space_group_01.tolist())
+    assert set(held_out.space_group_01.tolist()) <= taught
+    for part, same in zip(parts, demo.split_structures(clean), strict=True):
+        assert part.ids == same.ids
+
+
 def run(folder: Path, minutes: float) -> tuple[bool, Prediction, dict]:
     shown: list[Prediction] = []
     passed = demo.run_demo(folder, minutes, shown.append)
@@ -87,7 +102,7 @@ def check_files(folder: Path, prediction: Prediction, metrics: dict) -> None:
 
 
 def test_small_demo(tmp_path, prototypes, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "load_prototypes", lambda: prototypes[::5])
+    monkeypatch.setattr(demo, "load_prototypes", lambda: prototypes[::2])
     monkeypatch.setattr(demo, "_VARIANTS", 1)
     passed, prediction, metrics = run(tmp_path / "demo", 0.01)
     check_files(tmp_path / "demo", prediction, metrics)
@@ -99,7 +114,7 @@ def test_small_demo(tmp_path, prototypes, monkeypatch, capsys):
 
 def test_verdict_needs_every_task(tmp_path, prototypes, monkeypatch):
     """All four above the majority class, and crystal system by 15 points: nothing less passes."""
-    monkeypatch.setattr(demo, "load_prototypes", lambda: prototypes[::6])
+    monkeypatch.setattr(demo, "load_prototypes", lambda: prototypes[::2])
     monkeypatch.setattr(demo, "_VARIANTS", 1)
     shares = dict.fromkeys(TASKS, 0.5)
 
