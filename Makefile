@@ -1,12 +1,13 @@
 # make demo: the main job on structures that ship with pymatgen.   make test: the whole suite.
 # Each makes its own virtual environment in .venv and installs into it; nothing is needed beforehand but Python 3.11
-# and a C++17 compiler. TORCH_INDEX: a package index with CPU builds of torch, used where no GPU is found.
+# and a C++17 compiler. TORCH_INDEX: the package index with PyTorch's CPU builds, looked at where no GPU is found; there
+# 2.13.0+cpu ranks above the 2.13.0 of the usual index, which brings gigabytes of CUDA packages on Linux.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
-TORCH_FROM := $(if $(HAS_GPU),,$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)))
+TORCH_FROM := $(if $(HAS_GPU),,$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)))
 
 .PHONY: demo test test-all lint bench cuda-compile clean
 

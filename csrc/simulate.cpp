@@ -375,6 +375,7 @@ bool larger_hkl(const Workspace& ws, uint32_t p, uint32_t q) {
 int64_t merge_lines(Workspace& ws, int64_t at, const LinesOutput& out) {
     line_strengths(ws.n, ws.sin2.data(), ws.f_squared.data());
     std::vector<double>& strength = ws.line_f;
+    strength.resize(ws.n_lines);  // a structure without atoms has left it as it was
     double strongest = 0.0;
     for (int64_t line = 0; line < ws.n_lines; ++line) {
         double sum = 0.0;
@@ -414,8 +415,11 @@ XRDFAST_CLONES void canonical_codes(int64_t n, const int16_t* h, const int16_t* 
             const int a = h[i] * w[0] + k[i] * w[3] + l[i] * w[6];
             const int b = h[i] * w[1] + k[i] * w[4] + l[i] * w[7];
             const int c = h[i] * w[2] + k[i] * w[5] + l[i] * w[8];
-            const uint32_t plus = static_cast<uint32_t>(((a + kShift) << 20) + ((b + kShift) << 10) + (c + kShift));
-            const uint32_t minus = static_cast<uint32_t>(((kShift - a) << 20) + ((kShift - b) << 10) + (kShift - c));
+            // Unsigned: rotations that are not the cell's own may lead anywhere, and then wrap.
+            const uint32_t plus = (static_cast<uint32_t>(kShift + a) << 20) +
+                                  (static_cast<uint32_t>(kShift + b) << 10) + static_cast<uint32_t>(kShift + c);
+            const uint32_t minus = (static_cast<uint32_t>(kShift - a) << 20) +
+                                   (static_cast<uint32_t>(kShift - b) << 10) + static_cast<uint32_t>(kShift - c);
             const uint32_t image = plus > minus ? plus : minus;
             hits[i] = static_cast<int16_t>(image > code[i] ? 1 : hits[i] + (image == code[i]));
             code[i] = image > code[i] ? image : code[i];

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -44,7 +45,8 @@ def save_checked(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     Raises:
         InputError: where it cannot be written.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    # Copies: safetensors refuses two names for one memory.
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     crc = json.dumps({name: _crc(tensor) for name, tensor in tensors.items()})
     with write_atomically(path) as file:
         file.write(save(tensors, {**metadata, "crc32": crc}))
