@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 TORCH_FROM := $(if $(HAS_GPU),,$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)))
 
+# Threads that spin while they wait slow each other down many times over where other programs use the cores too.
+test test-all: export OMP_WAIT_POLICY = PASSIVE
+
 .PHONY: demo test test-all lint bench cuda-compile clean
 
 demo: $(VENV)/installed
