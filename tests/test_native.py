@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from xrdfast import _native
 
@@ -137,6 +139,24 @@ def test_a_changed_header_is_built_again(workshop: Workshop) -> None:
         assert workshop.run()[0] == f"value {value}\n"
 
 
+def test_another_version_of_the_compiler_builds_again(workshop: Workshop) -> None:
+    """Whichever line of its answer the number stands on: nvcc's is not on the first."""
+    compiler = workshop.folder / "compiler"
+    told = compiler.read_text()
+    for n, version in enumerate(("1.0", "1.1", "1.1"), 1):
+        answer = f'if [ "$1" = --version ]; then echo maker; echo {version}; exit; fi\nexec c++'
+        compiler.write_text(told.replace("exec c++", answer))
+        assert workshop.run()[0] == "value 1\n"
+        assert workshop.compiled() == min(n, 2)
+
+
+def test_a_launcher_in_front_of_the_compiler(workshop: Workshop) -> None:
+    assert workshop.run(CXX=f"env {workshop.folder / 'compiler'}")[0] == "value 1\n"
+    assert workshop.compiled() == 1
+    out, _ = workshop.run(CXX="env nope", XRDFAST_BACKEND="native")
+    assert "no C++ compiler ('nope' is not on PATH)" in out
+
+
 def test_two_processes_build_once(workshop: Workshop) -> None:
     hold = workshop.folder / "hold"
     hold.touch()
@@ -213,6 +233,13 @@ def test_a_cache_that_cannot_be_written(workshop: Workshop) -> None:
     assert "cannot be written (Not a directory); set XRDFAST_CACHE" in out
 
 
+def test_no_home_for_the_cache(workshop: Workshop) -> None:
+    """As for a user of a container that the system has no entry for."""
+    first, warning = workshop.run(XRDFAST_CACHE="~nobody-has-this-name/cache")[0].splitlines()
+    assert first == "value None"
+    assert "set XRDFAST_CACHE to a folder that can be written" in warning
+
+
 def test_an_unknown_backend(workshop: Workshop) -> None:
     out, _ = workshop.run(XRDFAST_BACKEND="bogus")
     assert out == "ValueError XRDFAST_BACKEND must be auto, native or reference, got 'bogus'\n"
@@ -235,3 +262,19 @@ def test_status_names_what_is_used() -> None:
     status = _native.status()
     assert status["_cpu"].endswith(_native.EXTENSION_SUFFIX)
     assert {"python", "torch", "compiler", "ninja", "cache", "backend"} <= set(status)
+
+
+def test_the_cuda_module_builds_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the launches: every kernel and the binding compiled for a device, linked, and loaded."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc on PATH")
+    monkeypatch.setenv("XRDFAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    path = _native.build_module("_cuda")
+    try:
+        module = _native._load("_cuda", path)
+    except ImportError as error:
+        if "libcudart" not in str(error):
+            raise
+        pytest.skip(f"the CUDA runtime is not where programs find it: {error}")
+    assert callable(module.render_sticks)

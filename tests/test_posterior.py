@@ -151,10 +151,12 @@ def test_temperature_is_the_best_of_a_fine_scan() -> None:
         assert 1.0 / fitted.temperatures[task] == pytest.approx(best, rel=0.02)
 
 
-@pytest.mark.parametrize("tasks", [TASKS, TASKS[:1], TASKS[1:3]])
-def test_exponents_are_a_minimum(tasks: tuple[str, ...]) -> None:
-    """The problem is convex, so no small move in any direction may help."""
-    logits, number = skilled_logits(60, 7)
+@pytest.mark.parametrize(
+    ("tasks", "n_patterns"), [(TASKS, 60), (TASKS, 257), (TASKS[:1], 60), (TASKS[1:3], 60)]
+)
+def test_exponents_are_a_minimum(tasks: tuple[str, ...], n_patterns: int) -> None:
+    """The problem is convex, so no small move in any direction may help; 257 is one more than fits at once."""
+    logits, number = skilled_logits(n_patterns, 7)
     logits = {task: logits[task] for task in tasks}
     fitted = fit_calibration(logits, number)
     best = penalised_nll(logits, number, fitted)
@@ -198,6 +200,19 @@ def test_fitting_leaves_its_input_alone_and_accepts_inference_tensors() -> None:
     before = {task: rows.clone() for task, rows in logits.items()}
     fit_calibration(logits | {"space_group": None}, number.to(torch.int16))
     assert all(torch.equal(before[task], rows) for task, rows in logits.items())
+
+
+def test_layout_in_memory_does_not_matter() -> None:
+    logits, number = skilled_logits(30, 12)
+    turned = {task: rows.T.contiguous().T for task, rows in logits.items()}
+    padded = {task: torch.cat([rows, rows], dim=1)[:, : rows.shape[1]] for task, rows in logits.items()}
+    expected = fit_calibration(logits, number)
+    for other in (turned, padded):
+        fitted = fit_calibration(other, number)
+        assert fitted.temperatures == pytest.approx(expected.temperatures)
+        assert fitted.exponents == pytest.approx(expected.exponents)
+    alike = {"crystal_system": torch.zeros(1, 7).expand(4, 7)}
+    assert fit_calibration(alike, number[:4]).temperatures["crystal_system"] == pytest.approx(1.0)
 
 
 def test_calibration_survives_json() -> None:

@@ -6,7 +6,7 @@ warning. Nothing here runs when xrdfast is imported, only at the first native ca
 
 XRDFAST_BACKEND  auto (default): as above; native: a missing module is an error; reference: never load one.
 XRDFAST_CACHE    cache folder; default $XDG_CACHE_HOME/xrdfast or ~/.cache/xrdfast.
-CXX, NVCC        compilers; default c++ and nvcc.
+CXX, NVCC        compilers; default c++ and nvcc. CXX may have a launcher in front: "ccache g++".
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -100,11 +101,14 @@ def status() -> dict[str, object]:
     report: dict[str, object] = {
         "python": sys.version.split()[0],
         "backend": backend(),
-        "cache": str(_cache_root()),
         "sources": str(CSRC),
-        "compiler": _version_line([_cxx(), "--version"]),
+        "compiler": _version([*_cxx(), "--version"]).partition("\n")[0],
         "ninja": _ninja() or "not found",
     }
+    try:
+        report["cache"] = str(_cache_root())
+    except BuildError as error:
+        report["cache"] = str(error)
     with contextlib.suppress(ImportError):
         import torch
 
@@ -144,7 +148,7 @@ def _module(name: str) -> ModuleType | None:
     if isinstance(found, ModuleType):
         return found
     if mode == "native":
-        raise found
+        raise found.with_traceback(None)  # or it would grow with every call
     global _warned
     if not _warned:
         _warned = True
@@ -214,38 +218,42 @@ _Plan = dict[str, object]
 
 def _plan(name: str, emulator: Path | None) -> _Plan:
     cxx = _cxx()
-    if shutil.which(cxx) is None:
-        raise BuildError(
-            f"no C++ compiler ({cxx!r} is not on PATH). Install one (Debian, Ubuntu: apt-get install g++) or set CXX"
-        )
+    for program in cxx:
+        if shutil.which(program) is None:
+            raise BuildError(
+                f"no C++ compiler ({program!r} is not on PATH). Install one (Debian, Ubuntu: apt-get install g++) "
+                "or set CXX"
+            )
     include = [f"-I{CSRC}", f"-I{_pybind11_include()}", f"-I{sysconfig.get_paths()['include']}"]
     kernels, folders = sorted(CSRC.glob("*.cu")), [CSRC]
     if name == "_cpu":
         sources = {
-            p: [cxx, *_CXX_FLAGS, *include] for p in sorted(CSRC.glob("*.cpp")) if p.name != "bind_cuda.cpp"
+            p: [*cxx, *_CXX_FLAGS, *include] for p in sorted(CSRC.glob("*.cpp")) if p.name != "bind_cuda.cpp"
         }
-        link = [cxx, "-shared", "-fopenmp"]
+        link = [*cxx, "-shared", "-fopenmp"]
     elif name == "_emu":
         flags = [
             *(f for f in _CXX_FLAGS if f not in ("-O3", "-march=native")),
             *_EMULATOR_FLAGS,
             f"-I{emulator}",
         ]
-        sources = {p: [cxx, *flags, *include, "-x", "c++"] for p in [*kernels, CSRC / "bind_cuda.cpp"]}
-        link = [cxx, "-shared"]
+        sources = {p: [*cxx, *flags, *include, "-x", "c++"] for p in [*kernels, CSRC / "bind_cuda.cpp"]}
+        link = [*cxx, "-shared"]
         folders.append(emulator)
     else:
         import torch
 
         nvcc = _nvcc()
         major, minor = torch.cuda.get_device_capability()
-        flags = [*_NVCC_FLAGS, f"-arch=sm_{major}{minor}", f"-I{CSRC}"]
+        flags = [*_NVCC_FLAGS, "-ccbin", cxx[-1], f"-arch=sm_{major}{minor}", f"-I{CSRC}"]
         sources = {p: [nvcc, *flags] for p in kernels}
-        sources[CSRC / "bind_cuda.cpp"] = [cxx, *_CXX_FLAGS, *include]
+        sources[CSRC / "bind_cuda.cpp"] = [*cxx, *_CXX_FLAGS, *include]
         # The shared CUDA runtime: torch has loaded the same one, a static copy would be a second.
-        link = [nvcc, "-shared", "-cudart=shared"]
-    compilers = {command[0] for command in [*sources.values(), link]}
-    return {"sources": sources, "link": link, "compilers": compilers, "folders": folders}
+        link = [nvcc, "-ccbin", cxx[-1], "-shared", "-cudart=shared"]
+    versions = [_version([*cxx, "--version"])]
+    if name == "_cuda":
+        versions.append(_version([nvcc, "--version"]))
+    return {"sources": sources, "link": link, "versions": versions, "folders": folders}
 
 
 def _key(plan: _Plan) -> str:
@@ -264,8 +272,8 @@ def _key(plan: _Plan) -> str:
     for path, command in plan["sources"].items():
         add(" ".join([path.name, *command]))
     add(" ".join(plan["link"]))
-    for compiler in sorted(plan["compilers"]):
-        add(_version_line([compiler, "--version"]))
+    for version in plan["versions"]:
+        add(version)
     add(EXTENSION_SUFFIX)
     add(_cpu_flags())  # -march=native: a home folder shared by two machines must not mix their builds
     return digest.hexdigest()[:16]
@@ -305,8 +313,6 @@ def _compile(plan: _Plan, folder: Path, target: Path) -> None:
 
 
 def _ninja_command(arguments: list[str]) -> str:
-    import shlex
-
     return shlex.join(arguments).replace("$", "$$")
 
 
@@ -329,15 +335,17 @@ def _file_lock(path: Path) -> Iterator[None]:
 
 
 def _cache_root() -> Path:
-    if folder := os.environ.get("XRDFAST_CACHE"):
+    folder = os.environ.get("XRDFAST_CACHE")
+    if not folder:
+        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "xrdfast")
+    try:
         return Path(folder).expanduser().absolute()
-    return (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser().absolute() / "xrdfast"
-    )
+    except RuntimeError as error:  # a container's user need not have a home
+        raise BuildError(f"{folder}: {error}; set XRDFAST_CACHE to a folder that can be written") from error
 
 
-def _cxx() -> str:
-    return os.environ.get("CXX") or "c++"
+def _cxx() -> list[str]:
+    return shlex.split(os.environ.get("CXX") or "c++")
 
 
 def _nvcc() -> str:
@@ -352,7 +360,8 @@ def _ninja() -> str | None:
     with contextlib.suppress(ImportError):
         import ninja
 
-        return str(Path(ninja.BIN_DIR) / "ninja")
+        if found := shutil.which("ninja", path=ninja.BIN_DIR):
+            return found
     return shutil.which("ninja")
 
 
@@ -372,16 +381,13 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _version_line(command: list[str]) -> str:
+def _version(command: list[str]) -> str:
+    """All that a program says of itself: the number of nvcc is not on its first line."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     except OSError as error:
         return f"{command[0]}: {error.strerror}"
-    return (
-        (done.stdout or done.stderr).strip().splitlines()[0]
-        if (done.stdout or done.stderr).strip()
-        else command[0]
-    )
+    return (done.stdout or done.stderr).strip() or command[0]
 
 
 def _cpu_flags() -> str:

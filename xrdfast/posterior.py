@@ -20,6 +20,7 @@ from xrdfast.symmetry import N_CLASSES, N_SPACE_GROUPS, TASKS, class_index
 # Bounds of every fitted number, so that a handful of separable patterns cannot drive one to infinity.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 MAX_EXPONENT = 20.0
+_FIT_ROWS = 256  # patterns that the fit takes at once: 4 x 256 x 230 doubles are 1.9 MB, within a cache
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,9 @@ def fit_calibration(logits: Mapping[str, Tensor | None], space_group_number: Ten
     temperatures = {}
     for task, rows in experts.items():
         target = _classes(task, rows.device)[index]
-        inverse = _fit_log_linear(rows[:, None], target, 1.0 / MAX_TEMPERATURE, 1.0 / MIN_TEMPERATURE)
+        inverse = _fit_log_linear(rows[None], target, 1.0 / MAX_TEMPERATURE, 1.0 / MIN_TEMPERATURE)
         temperatures[task] = min(max(1.0 / float(inverse[0]), MIN_TEMPERATURE), MAX_TEMPERATURE)
-    scores = torch.stack([_expert(task, rows, temperatures[task]) for task, rows in experts.items()], dim=1)
+    scores = torch.stack([_expert(task, rows, temperatures[task]) for task, rows in experts.items()])
     exponents = _fit_log_linear(scores, index, 0.0, MAX_EXPONENT)
     return Calibration(temperatures, dict(zip(experts, exponents.tolist(), strict=True)))
 
@@ -235,7 +236,7 @@ def _fit_log_linear(scores: Tensor, target: Tensor, lower: float, upper: float) 
     definite.
 
     Args:
-        scores: (n_patterns, n_weights, n_classes) float64.
+        scores: (n_weights, n_patterns, n_classes) float64.
         target: (n_patterns,) true classes.
         lower: smallest weight.
         upper: largest weight.
@@ -243,39 +244,44 @@ def _fit_log_linear(scores: Tensor, target: Tensor, lower: float, upper: float) 
     Returns:
         (n_weights,).
     """
-    n_patterns, n_weights, _ = scores.shape
-    true = scores.gather(2, target[:, None, None].expand(-1, n_weights, 1))
-    scores = scores - true  # now the true class scores 0 and the NLL is a logsumexp
+    n_weights, n_patterns, n_classes = scores.shape
+    true = scores.gather(2, target[None, :, None].expand(n_weights, -1, 1))
+    scores = (scores - true).contiguous()  # now the true class scores 0 and the NLL is a logsumexp
 
     def combined(weights: Tensor) -> Tensor:
-        return torch.einsum("k,nkc->nc", weights, scores)
+        return (weights @ scores.flatten(1)).view(n_patterns, n_classes)
 
-    def objective(weights: Tensor) -> Tensor:
-        return combined(weights).logsumexp(1).mean() + (weights - 1.0).square().sum() / (2 * n_patterns)
+    def objective(weights: Tensor, total: Tensor) -> Tensor:
+        return total.logsumexp(1).mean() + (weights - 1.0).square().sum() / (2 * n_patterns)
 
     weights = torch.ones(n_weights, dtype=torch.float64)
+    total = combined(weights)
     for _ in range(100):
-        probability = combined(weights).softmax(dim=1)
-        mean = torch.einsum("nc,nkc->nk", probability, scores)
-        spread = (scores - mean[:, :, None]) * probability.sqrt()[:, None]
-        gradient = mean.mean(0) + (weights - 1.0) / n_patterns
-        hessian = torch.einsum("nkc,nlc->kl", spread, spread) + torch.eye(n_weights, dtype=torch.float64)
-        hessian = hessian / n_patterns
+        gradient = weights - 1.0
+        hessian = torch.eye(n_weights, dtype=torch.float64)
+        for part, logits in zip(scores.split(_FIT_ROWS, dim=1), total.split(_FIT_ROWS), strict=True):
+            probability = logits.softmax(dim=1)
+            mean = (part * probability).sum(dim=2, keepdim=True)
+            spread = ((part - mean) * probability.sqrt()).flatten(1)
+            gradient = gradient + mean.sum(dim=(1, 2))
+            hessian = hessian + spread @ spread.T
+        gradient, hessian = gradient / n_patterns, hessian / n_patterns
         resting = (weights <= lower) & (gradient > 0) | (weights >= upper) & (gradient < 0)
         free = (~resting).nonzero().flatten()
         if not len(free) or float(gradient[free].abs().max()) < 1e-9:
             break
         direction = torch.zeros_like(weights)
         direction[free] = -torch.linalg.solve(hessian[free][:, free], gradient[free])
-        value, step = objective(weights), 1.0
+        value, step = objective(weights, total), 1.0
         while step > 1e-10:
             moved = (weights + step * direction).clamp(lower, upper)
-            if objective(moved) <= value + 1e-4 * gradient @ (moved - weights):
+            moved_total = combined(moved)
+            if objective(moved, moved_total) <= value + 1e-4 * gradient @ (moved - weights):
                 break
             step /= 2
         else:
             break  # rounding leaves nothing to gain
-        weights = moved
+        weights, total = moved, moved_total
     return weights
 
 

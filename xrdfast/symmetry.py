@@ -194,6 +194,7 @@ def members(level: str, index: int) -> tuple[int, ...]:
         (1,)
     """
     classes = class_index(level)
-    if not 0 <= index <= int(classes.max()):
-        raise ValueError(f"members: index must be in 0..{int(classes.max())} for {level}, got {index}")
+    last = int(classes.max())
+    if index not in range(last + 1):
+        raise ValueError(f"members: index must be an integer in 0..{last} for {level}, got {index}")
     return tuple(int(n) + 1 for n in np.flatnonzero(classes == index))

@@ -7,9 +7,12 @@ constexpr int kThreads = 64;
 
 __global__ void correct(float* x) {
     XRD_SHARED(float, s, kThreads);
+    XRD_SHARED(float, of_the_warp, kThreads);
     s[threadIdx.x] = x[threadIdx.x];
     __syncthreads();
-    x[threadIdx.x] = s[(threadIdx.x + 1) % kThreads] + __shfl_xor_sync(0xffffffffu, s[threadIdx.x], 1);
+    of_the_warp[threadIdx.x] = s[(threadIdx.x + 1) % kThreads];
+    __syncwarp();
+    x[threadIdx.x] = of_the_warp[threadIdx.x ^ 1] + __shfl_xor_sync(0xffffffffu, s[threadIdx.x], 1);
 }
 __global__ void barrier_in_a_branch(float* x) {
     if (threadIdx.x < 40) __syncthreads();
@@ -44,6 +47,15 @@ __global__ void one_past_shared_memory(float* x) {
     s[threadIdx.x + 1] = x[threadIdx.x];
 }
 __global__ void one_past_the_output(float* x) { x[threadIdx.x + 1] = 1.0f; }
+__global__ void shuffle_from_outside_its_mask(float* x) {
+    if (threadIdx.x % 32 < 16) x[threadIdx.x] = __shfl_sync(0x0000ffffu, x[threadIdx.x], 20);
+}
+__global__ void shuffle_in_place_of_a_warp_barrier(float* x) {  // it orders no memory
+    XRD_SHARED(float, s, kThreads);
+    s[threadIdx.x] = x[threadIdx.x];
+    const float y = __shfl_sync(0xffffffffu, x[threadIdx.x], 0);
+    x[threadIdx.x] = y + s[threadIdx.x ^ 1];
+}
 
 }  // namespace
 
@@ -59,7 +71,9 @@ int main(int count, char** values) {
                               missing_barrier,
                               blocks_without_atomics,
                               one_past_shared_memory,
-                              one_past_the_output};
+                              one_past_the_output,
+                              shuffle_from_outside_its_mask,
+                              shuffle_in_place_of_a_warp_barrier};
     if (count != 2) return 2;
     float* x = static_cast<float*>(std::calloc(kThreads, sizeof(float)));
     const Kernel kernel = kernels[std::atoi(values[1])];
