@@ -37,7 +37,6 @@ from xrdfast.training.processes import Processes, local_device, stop_on_signals
 from xrdfast.training.run_log import ProgressCallback, RunLog, StepWindow
 
 CONFIG_FILE = "config.toml"
-INTERRUPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run again (with resume) to go on
 
 # Settings that may change when a run is resumed: they do not touch the numbers it computes.
 _FREE_ON_RESUME = frozenset(
