@@ -2,7 +2,7 @@
 // Python (xrdfast/ops); no torch header, so it compiles in seconds and one build serves every torch version.
 #include <pybind11/pybind11.h>
 
-#include "preprocess.h"
+#include "render.h"
 #include "simulate.h"
 
 namespace py = pybind11;

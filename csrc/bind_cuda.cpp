@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "preprocess.h"
+#include "render.h"
 #include "simulate.h"
 
 #ifndef XRDFAST_MODULE

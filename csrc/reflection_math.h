@@ -1,5 +1,5 @@
 // reflection_math.h: vectorisable elementary functions and the merging of coincident lines, shared by the CPU code
-// of `simulate` and `preprocess`. Everything is double, branch-free and inlined, so that a plain loop over it
+// of `simulate` and `render`. Everything is double, branch-free and inlined, so that a plain loop over it
 // becomes SIMD code without -ffast-math. Not for device code.
 #pragma once
 #include <cmath>

@@ -17,7 +17,7 @@ _PUBLIC = {
     "generate_store": "xrdfast.data.generate",
     "simulate_lines": "xrdfast.ops.simulate",
     "simulate_families": "xrdfast.ops.simulate",
-    "render_sticks": "xrdfast.ops.preprocess",
+    "render_sticks": "xrdfast.ops.render",
     "build_model": "xrdfast.models.presets",
     "Trainer": "xrdfast.training.trainer",
     "joint_posterior": "xrdfast.posterior",

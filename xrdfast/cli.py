@@ -79,9 +79,6 @@ def _one_line(error: ValueError | OSError) -> str:
 
 def main() -> None:
     """The `xrdfast` command."""
-    # Before torch loads OpenMP. Threads that spin while they wait make training 4 to 20 times slower where other
-    # programs use the cores too (measured, 2 threads on 2 cores with a load of 4).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.formatwarning = lambda message, *_, **__: f"xrdfast: warning: {message}\n"
     cli(prog_name="xrdfast")
 

@@ -24,7 +24,7 @@ from xrdfast.data.structures import PackedStructures, analyse_symmetry, load_str
 from xrdfast.errors import InputError
 from xrdfast.lines import simulate_structure_lines
 from xrdfast.models import SymmetryModel
-from xrdfast.ops.preprocess import sticks_to_grid
+from xrdfast.ops.render import sticks_to_grid
 from xrdfast.posterior import Calibration, JointPosterior, joint_posterior
 from xrdfast.symmetry import SYMBOLS, class_index, class_names
 

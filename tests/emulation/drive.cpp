@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "preprocess.h"
+#include "render.h"
 #include "simulate.h"
 
 using namespace xrdfast;

@@ -11,7 +11,7 @@
 #include <random>
 #include <vector>
 
-#include "preprocess.h"
+#include "render.h"
 #include "simulate.h"
 
 using namespace xrdfast;

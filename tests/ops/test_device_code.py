@@ -20,8 +20,8 @@ import torch
 from xrdfast import _native
 from xrdfast.bragg import Grid
 from xrdfast.data.structures import PackedStructures, from_arrays
-from xrdfast.ops import preprocess, simulate
-from xrdfast.ops.preprocess import render_sticks
+from xrdfast.ops import render, simulate
+from xrdfast.ops.render import render_sticks
 from xrdfast.ops.simulate import Families, Lines, simulate_families, simulate_lines
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -143,8 +143,8 @@ def stick_batch(n_patterns: int, seed: int = 3) -> tuple[torch.Tensor, ...]:
 def test_sticks_equal_the_reference(emulated, order, n_patterns: int, grid: Grid) -> None:
     settings = (1.54056, grid.two_theta_min, grid.two_theta_step, grid.n_points)
     given = (*stick_batch(n_patterns), *settings)
-    want = preprocess.render_sticks_reference(*given)
-    got = preprocess._render_sticks_on_device(emulated, *given)
+    want = render.render_sticks_reference(*given)
+    got = render._render_sticks_on_device(emulated, *given)
     torch.testing.assert_close(got, want, rtol=2e-6, atol=0)
     if n_patterns > 1:
         assert not bool(got[0].any())
@@ -160,8 +160,8 @@ def test_a_line_on_the_edge_of_a_point_stays_one_line(emulated, bin_edge: float)
     multiplicity, f_squared = torch.ones(2, dtype=torch.int16), torch.ones(2)
     offset, b_overall = torch.tensor([0, 2]), torch.zeros(1, dtype=torch.float64)
     given = (offset, hkl, multiplicity, f_squared, metric, b_overall, 1.54056, 5.0, 0.01, 8500)
-    want = preprocess.render_sticks_reference(*given)
-    got = preprocess._render_sticks_on_device(emulated, *given)
+    want = render.render_sticks_reference(*given)
+    got = render._render_sticks_on_device(emulated, *given)
     assert torch.equal(got.nonzero(), want.nonzero())
     assert len(got.nonzero()) == 1
 

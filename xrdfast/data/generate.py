@@ -22,7 +22,7 @@ from xrdfast.bragg import Grid
 from xrdfast.data.folds import assign_folds
 from xrdfast.data.store import PatternStore, SimulationConfig, StoreWriter
 from xrdfast.data.structures import PackedStructures, Rejected
-from xrdfast.ops.preprocess import render_sticks
+from xrdfast.ops.render import render_sticks
 from xrdfast.ops.simulate import STATUS_REASONS, simulate_families
 
 # Reflections of a chunk at most (one structure may exceed it alone): about 30 bytes each while they are

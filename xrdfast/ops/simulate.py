@@ -4,7 +4,7 @@
     F(h) = sum_j occ_j (f_j(s) + f'_j + i f''_j) exp(-B_j s^2) exp(2 pi i h . x_j),   s = sin(theta) / lambda = 1 / 2d,
     LP(theta) = (1 + cos^2 2theta) / (sin^2 theta cos theta).
 
-Not for profiles or grids: see `xrdfast.ops.preprocess`.
+Not for profiles or grids: see `xrdfast.ops.render`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-// preprocess.cpp: CPU rendering of reflection families as sticks.
+// render.cpp: CPU rendering of reflection families as sticks.
 //
 // One pattern at a time, in one pass: angle, Lorentz-polarisation and overall B of every family (SIMD over families),
 // a radix sort by line key, and a walk over the lines that writes bins. Floors and what is reached:
 // benchmarks/NOTES.md.
-#include "preprocess.h"
+#include "render.h"
 
 #include <algorithm>
 

@@ -1,4 +1,4 @@
-// preprocess.h: reflection families -> model-ready grid of intensities. Plain C++; no torch, no CUDA headers.
+// render.h: reflection families -> model-ready grid of intensities. Plain C++; no torch, no CUDA headers.
 #pragma once
 #include <cstdint>
 

@@ -1,4 +1,4 @@
-// preprocess.cu: CUDA rendering of reflection families as sticks, one block a pattern.
+// render.cu: CUDA rendering of reflection families as sticks, one block a pattern.
 //
 // Coincident families must add up before the strongest line of a bin is taken, which asks for a sort. A counting sort
 // by 4096 ranges of the line key brings families that may coincide together; a range then holds a few, and one thread
@@ -8,7 +8,7 @@
 #include <cmath>
 
 #include "block_reduce.cuh"
-#include "preprocess.h"
+#include "render.h"
 
 namespace xrdfast {
 namespace {
