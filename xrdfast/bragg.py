@@ -27,10 +27,14 @@ KA1_WAVELENGTH = _DOUBLETS["Cu"][0]  # of every grid a model reads
 
 
 def radiations() -> dict[str, float]:
-    """Wavelengths by name, Angstrom: CuKa1, CuKa2 and CuKa, the mean weighted 2 to 1, for each anode."""
+    """Wavelengths by name, Angstrom: CuKa1, CuKa2 and CuKa, the mean weighted 2 to 1, to 5 decimals as quoted."""
     table = {}
     for anode, (first, second) in _DOUBLETS.items():
-        table |= {f"{anode}Ka1": first, f"{anode}Ka2": second, f"{anode}Ka": (2.0 * first + second) / 3.0}
+        table |= {
+            f"{anode}Ka1": first,
+            f"{anode}Ka2": second,
+            f"{anode}Ka": round((2.0 * first + second) / 3.0, 5),
+        }
     return table
 
 
@@ -51,7 +55,7 @@ def wavelength_of(radiation: str | float) -> float:
         return table[radiation]
     try:
         value = float(radiation)
-    except ValueError:
+    except (TypeError, ValueError):
         raise ValueError(
             f"wavelength_of: radiation must be a number in Angstrom or one of {', '.join(table)}, "
             f"got {radiation!r}"
