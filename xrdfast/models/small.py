@@ -17,7 +17,9 @@ from xrdfast.bragg import Grid
 # through a short run it stood level with as many bins of 2theta; no gain in accuracy has been shown.
 N_BINS = 4096
 PATCH = 16
-DROPOUT = 0.25  # of the features; without it, the held-out loss rose from half-way through 25 minutes of training
+DROPOUT = (
+    0.25  # of the features; without it, the held-out loss rose from half-way through 25 minutes of training
+)
 WIDTHS = (96, 128, 192, 256, 384)  # 256, 128, 64, 32, 16 patches and one each
 
 
