@@ -28,11 +28,11 @@ template <typename T>
 struct IntegerOf;
 template <>
 struct IntegerOf<float> {
-    using Type = int32_t;
+    using Type = uint32_t;  // unsigned: exponent arithmetic on the bits of a NaN may wrap
 };
 template <>
 struct IntegerOf<double> {
-    using Type = int64_t;
+    using Type = uint64_t;
 };
 
 // A SIMD type of kBytes bytes, and the sizes that follow from it.
@@ -86,21 +86,40 @@ XRDFAST_ALWAYS_INLINE void store(T* to, V v) {
     std::memcpy(to, &v, sizeof v);
 }
 
-// c(r, :) = [c(r, :) +] sum over k of a(r, k) b(k, :), r < rows: a(r, k) = a[r * a_row + k * a_column]; a row of b and c
-// is one block row. `rows` is a multiple of kRowStep.
-template <class S, bool kAdd, typename T>
+// What `multiply` makes of a finished sum and the old content of c.
+struct Replace {
+    template <class V, typename T>
+    XRDFAST_ALWAYS_INLINE V operator()(const T*, int, V sum) const {
+        return sum;
+    }
+};
+struct Accumulate {
+    template <class V, typename T>
+    XRDFAST_ALWAYS_INLINE V operator()(const T* old, int, V sum) const {
+        return load<V>(old) + sum;
+    }
+};
+template <class V>
+struct RescaleAndAccumulate {
+    V factor[2];
+    template <typename T>
+    XRDFAST_ALWAYS_INLINE V operator()(const T* old, int side, V sum) const {
+        return load<V>(old) * factor[side] + sum;
+    }
+};
+
+// c(r, :) = finish(c(r, :), sum over k of a(r, k) b(k, :)), r < rows: a(r, k) = a[r * a_row + k * a_column]; a row of b
+// and of c is one block row. `rows` is a multiple of kRowStep. A sum starts from zero, and so long sums taken in pieces
+// round less than in one go.
+template <class S, typename T, class Finish>
 XRDFAST_ALWAYS_INLINE void multiply(const T* __restrict a, int64_t a_row, int64_t a_column, const T* __restrict b,
-                                    int64_t b_row, T* __restrict c, int64_t c_row, int64_t rows, int64_t depth) {
+                                    int64_t b_row, T* __restrict c, int64_t c_row, int64_t rows, int64_t depth,
+                                    const Finish& finish) {
     using V = typename S::Vector;
     for (int64_t first = 0; first < rows; first += S::kRows) {
         const T* tile = a + first * a_row;
         T* out = c + first * c_row;
-        V sum[S::kRows][2];
-#pragma GCC unroll 8
-        for (int r = 0; r < S::kRows; ++r) {
-            sum[r][0] = kAdd ? load<V>(out + r * c_row) : V{};
-            sum[r][1] = kAdd ? load<V>(out + r * c_row + S::kLanes) : V{};
-        }
+        V sum[S::kRows][2] = {};
         for (int64_t k = 0; k < depth; ++k) {
             const V left = load<V>(b + k * b_row), right = load<V>(b + k * b_row + S::kLanes);
 #pragma GCC unroll 8
@@ -112,23 +131,26 @@ XRDFAST_ALWAYS_INLINE void multiply(const T* __restrict a, int64_t a_row, int64_
         }
 #pragma GCC unroll 8
         for (int r = 0; r < S::kRows; ++r) {
-            store(out + r * c_row, sum[r][0]);
-            store(out + r * c_row + S::kLanes, sum[r][1]);
+            for (int side = 0; side < 2; ++side) {
+                T* at = out + r * c_row + side * S::kLanes;
+                store(at, finish(at, side, sum[r][side]));
+            }
         }
     }
 }
 
-// 2^x for x <= 0; below -126 it returns 2^-126 or less (float: the kernels' sums don't notice). NaN gives NaN.
-// Minimax polynomial of degree 5 of 2^r on |r| <= 1/2, relative error 7.5e-8 (fitted by reweighted least squares); the
-// power goes into the exponent bits through the integer that adding 1.5 * 2^23 leaves in the mantissa.
+// exp(x) for x <= 0; below -87 it returns about exp(-87), which no sum of this library notices. NaN gives NaN.
+// 2^n 2^r with n + r = x / ln 2, |r| <= 1/2; minimax polynomial of degree 5 of 2^r, relative error 7.5e-8 (fitted by
+// reweighted least squares); n goes into the exponent bits through the integer that adding 1.5 * 2^23 leaves in the
+// mantissa.
 template <class S>
-XRDFAST_ALWAYS_INLINE typename S::Vector exp2_nonpositive(typename S::Vector x, float) {
+XRDFAST_ALWAYS_INLINE typename S::Vector exp_nonpositive(typename S::Vector x, float) {
     using V = typename S::Vector;
     using I = typename S::IntegerVector;
-    constexpr float kMagic = 12582912.0f, kLowest = -126.0f;
+    constexpr float kMagic = 12582912.0f, kLowest = -87.0f, kLog2e = 1.44269504f;
     x = x < kLowest ? V{} + kLowest : x;
-    const V shifted = x + kMagic;
-    const V r = x - (shifted - kMagic);
+    const V shifted = x * kLog2e + kMagic;
+    const V r = x * kLog2e - (shifted - kMagic);
     V p = V{} + 1.32764715188084e-3f;
     p = p * r + 9.67554133067e-3f;
     p = p * r + 5.55071327496e-2f;
@@ -145,8 +167,8 @@ XRDFAST_ALWAYS_INLINE typename S::Vector exp2_nonpositive(typename S::Vector x, 
 
 // In double, which is for tests, the library's.
 template <class S>
-XRDFAST_ALWAYS_INLINE typename S::Vector exp2_nonpositive(typename S::Vector x, double) {
-    for (int i = 0; i < S::kLanes; ++i) x[i] = std::exp2(x[i]);
+XRDFAST_ALWAYS_INLINE typename S::Vector exp_nonpositive(typename S::Vector x, double) {
+    for (int i = 0; i < S::kLanes; ++i) x[i] = std::exp(x[i]);
     return x;
 }
 

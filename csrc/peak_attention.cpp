@@ -17,7 +17,6 @@ namespace {
 constexpr int64_t kKeys = 64;  // a chunk of packed keys; its scores (8 kB with AVX-512) stay in the first-level cache
 constexpr int64_t kHidden = 64;  // hidden features of the feed-forward network at a time, for the same reason
 static_assert(kKeys % Simd<float, 64>::kBlock == 0, "a block of projected keys lies in one chunk");
-constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
 
 // Chunks of kKeys keys, each (key_rows + value_rows, kKeys): a key is a column, and so is its value.
 template <typename T>
@@ -55,7 +54,7 @@ inline bool list_keys(const bool* active, int64_t n_patches, std::vector<int32_t
 }
 
 // Unnormalised attention of one block of queries (depth, kBlock): `out` (value_rows, kBlock) = sum over keys of
-// 2^(score - largest) value, `sum` that of the powers. `score` is scratch (kKeys, kBlock).
+// exp(score - largest) value, `sum` that of the exponentials. `score` is scratch (kKeys, kBlock).
 template <class S, typename T>
 XRDFAST_ALWAYS_INLINE void attend(const PackedKeys<T>& keys, const T* query, T* out, T* score,
                                   typename S::Vector (&largest)[2], typename S::Vector (&sum)[2]) {
@@ -67,8 +66,9 @@ XRDFAST_ALWAYS_INLINE void attend(const PackedKeys<T>& keys, const T* query, T* 
     for (int64_t first = 0; first < keys.n_keys; first += kKeys) {
         const int64_t here = std::min(kKeys, keys.n_keys - first);
         const T* chunk = keys.chunk(first);
-        multiply<S, false>(chunk, 1, kKeys, query, S::kBlock, score, S::kBlock, round_up(here, kRowStep), keys.depth);
-        V top[2] = {largest[0], largest[1]}, shrink[2];
+        multiply<S>(chunk, 1, kKeys, query, S::kBlock, score, S::kBlock, round_up(here, kRowStep), keys.depth, Replace{});
+        V top[2] = {largest[0], largest[1]};
+        RescaleAndAccumulate<V> shrink;
         for (int64_t j = 0; j < here; ++j) {
             for (int side = 0; side < 2; ++side) {
                 const V s = load<V>(score + j * S::kBlock + side * S::kLanes);
@@ -76,30 +76,24 @@ XRDFAST_ALWAYS_INLINE void attend(const PackedKeys<T>& keys, const T* query, T* 
             }
         }
         for (int side = 0; side < 2; ++side) {
-            shrink[side] = exp2_nonpositive<S>(largest[side] - top[side], T{});
+            shrink.factor[side] = exp_nonpositive<S>(largest[side] - top[side], T{});
             largest[side] = top[side];
-            sum[side] *= shrink[side];
         }
+        V here_sum[2] = {};
         for (int64_t j = 0; j < here; ++j) {
             for (int side = 0; side < 2; ++side) {
                 T* at = score + j * S::kBlock + side * S::kLanes;
-                const V p = exp2_nonpositive<S>(load<V>(at) - top[side], T{});
+                const V p = exp_nonpositive<S>(load<V>(at) - top[side], T{});
                 store(at, p);
-                sum[side] += p;
+                here_sum[side] += p;
             }
         }
+        for (int side = 0; side < 2; ++side) sum[side] = sum[side] * shrink.factor[side] + here_sum[side];
         const T* values = chunk + keys.key_rows * kKeys;
-        if (first == 0) {
-            multiply<S, false>(values, kKeys, 1, score, S::kBlock, out, S::kBlock, keys.value_rows, here);
-            continue;
-        }
-        for (int64_t f = 0; f < keys.value_rows; ++f) {
-            for (int side = 0; side < 2; ++side) {
-                T* at = out + f * S::kBlock + side * S::kLanes;
-                store(at, load<V>(at) * shrink[side]);
-            }
-        }
-        multiply<S, true>(values, kKeys, 1, score, S::kBlock, out, S::kBlock, keys.value_rows, here);
+        if (first == 0)
+            multiply<S>(values, kKeys, 1, score, S::kBlock, out, S::kBlock, keys.value_rows, here, Replace{});
+        else
+            multiply<S>(values, kKeys, 1, score, S::kBlock, out, S::kBlock, keys.value_rows, here, shrink);
     }
 }
 
@@ -151,7 +145,7 @@ struct AttendPattern {
         Workspace<T>& ws = workspace<T>();
         const int64_t n = p.n_patches, w = p.width, start = pattern * n * w;
         const bool any = list_keys(p.active + pattern * n, n, ws.key);
-        const double scale = any ? kLog2e / std::sqrt(static_cast<double>(w)) : 0.0;
+        const double scale = any ? 1.0 / std::sqrt(static_cast<double>(w)) : 0.0;
         const PackedKeys<T> keys = pack_keys(p.key + start, p.value + start, w, static_cast<T>(scale), ws);
         T* query = ws.block.reserve((2 * w + kKeys) * S::kBlock);
         T *out = query + w * S::kBlock, *score = out + w * S::kBlock;
@@ -169,7 +163,7 @@ struct AttendPattern {
                     const int64_t place = first + side * S::kLanes + i;
                     if (place >= n) break;
                     p.logsumexp[pattern * n + place] =
-                        largest[side][i] * static_cast<T>(kLn2) + std::log(static_cast<T>(sum[side][i]));
+                        largest[side][i] + std::log(static_cast<T>(sum[side][i]));
                 }
             }
             store_columns<S>(out, first, n, w, p.output + start);
@@ -193,7 +187,7 @@ struct AttendPatternBackward {
         const int64_t n = p.n_patches, w = p.width, start = pattern * n * w;
         const bool any = list_keys(p.active + pattern * n, n, ws.key);
         const double scale = any ? 1.0 / std::sqrt(static_cast<double>(w)) : 0.0;
-        const PackedKeys<T> keys = pack_keys(p.key + start, p.value + start, w, static_cast<T>(scale * kLog2e), ws);
+        const PackedKeys<T> keys = pack_keys(p.key + start, p.value + start, w, static_cast<T>(scale), ws);
         const int64_t n_padded = round_up(keys.n_keys, kKeys), wide = round_up(w, kBlock);
         T* query = ws.block.reserve((3 * w + 2 * kKeys) * kBlock);  // as columns
         T *grad = query + w * kBlock, *grad_query = grad + w * kBlock;
@@ -211,7 +205,7 @@ struct AttendPatternBackward {
             alignas(64) T lse[kBlock] = {}, delta[kBlock] = {};
             for (int64_t i = 0; i < here; ++i) {
                 const int64_t row = start + (first + i) * w;
-                lse[i] = p.logsumexp[pattern * n + first + i] * static_cast<T>(kLog2e);
+                lse[i] = p.logsumexp[pattern * n + first + i];
                 for (int64_t f = 0; f < w; ++f) {
                     delta[i] += p.grad_output[row + f] * p.output[row + f];
                     query_rows[i * wide + f] = p.query[row + f];
@@ -223,27 +217,26 @@ struct AttendPatternBackward {
             for (int64_t key = 0; key < keys.n_keys; key += kKeys) {
                 const int64_t count = std::min(kKeys, keys.n_keys - key), rows = round_up(count, kRowStep);
                 const T *chunk = keys.chunk(key), *values = chunk + w * kKeys;
-                multiply<S, false>(chunk, 1, kKeys, query, kBlock, score, kBlock, rows, w);
-                multiply<S, false>(values, 1, kKeys, grad, kBlock, grad_score, kBlock, rows, w);
+                multiply<S>(chunk, 1, kKeys, query, kBlock, score, kBlock, rows, w, Replace{});
+                multiply<S>(values, 1, kKeys, grad, kBlock, grad_score, kBlock, rows, w, Replace{});
                 for (int64_t j = 0; j < rows; ++j) {
                     for (int side = 0; side < 2; ++side) {
                         const int64_t at = j * kBlock + side * S::kLanes;
                         const V probability =
-                            exp2_nonpositive<S>(load<V>(score + at) - load<V>(lse + side * S::kLanes), T{});
+                            exp_nonpositive<S>(load<V>(score + at) - load<V>(lse + side * S::kLanes), T{});
                         const V difference = load<V>(grad_score + at) - load<V>(delta + side * S::kLanes);
                         store(score + at, probability);
                         store(grad_score + at, probability * difference);
                     }
                 }
-                multiply<S, true>(chunk, kKeys, 1, grad_score, kBlock, grad_query, kBlock, w, count);
+                multiply<S>(chunk, kKeys, 1, grad_score, kBlock, grad_query, kBlock, w, count, Accumulate{});
                 for (int64_t column = 0; column < wide; column += kBlock) {
                     const int64_t to = key * wide + column;
-                    multiply<S, true>(grad_score, kBlock, 1, query_rows + column, wide, grad_key + to, wide, rows,
-                                      here);
-                    multiply<S, true>(score, kBlock, 1, grad_rows + column, wide, grad_value + to, wide, rows, here);
+                    multiply<S>(grad_score, kBlock, 1, query_rows + column, wide, grad_key + to, wide, rows,
+                                      here, Accumulate{});
+                    multiply<S>(score, kBlock, 1, grad_rows + column, wide, grad_value + to, wide, rows, here, Accumulate{});
                 }
             }
-            for (int64_t i = 0; i < w * kBlock; ++i) grad_query[i] *= static_cast<T>(kLn2);  // of the keys' scale
             store_columns<S>(grad_query, first, n, w, p.grad_query + start);
         }
         int64_t j = 0;
@@ -297,7 +290,7 @@ struct PackedLayer {
     PackedLayer(const T* tensors, int64_t w, int64_t hidden, int64_t key_rows) : view(tensors, w, hidden) {
         const int64_t rows = key_rows + w, hidden_rows = round_up(hidden, kRowStep);
         keys_values.assign((w + 1) * rows, T(0));
-        const double scale = kLog2e / std::sqrt(static_cast<double>(w));
+        const double scale = 1.0 / std::sqrt(static_cast<double>(w));
         for (int64_t i = 0; i <= w; ++i) {
             T* row = keys_values.data() + i * rows;
             for (int64_t r = 0; r <= w && i < w; ++r) {  // r = w: the ones of the query
@@ -410,8 +403,8 @@ struct EncodePattern {
         key.clear();
         for (int64_t first = 0; first < p.n_patches; first += kBlock, x += (w + 1) * kBlock) {
             load_columns<S>(intensity, first, p.n_patches, points, patches);
-            multiply<S, false>(encoder.patch_weight.data(), 1, encoder.embedded_rows, patches, kBlock, x, kBlock,
-                               encoder.embedded_rows, points);
+            multiply<S>(encoder.patch_weight.data(), 1, encoder.embedded_rows, patches, kBlock, x, kBlock,
+                               encoder.embedded_rows, points, Replace{});
             std::fill_n(x + encoder.embedded_rows * kBlock, (w - encoder.embedded_rows) * kBlock, T(0));
             T largest[kBlock];
             std::copy_n(patches, kBlock, largest);
@@ -448,7 +441,7 @@ struct EncodePattern {
                 for (int64_t f = 0; f <= w; ++f) gathered[f * kBlock + i] = from[f * kBlock];
             }
             T* to = keys.chunk(first) + first % kKeys;
-            multiply<S, false>(layer.keys_values.data(), 1, rows, gathered, kBlock, to, kKeys, rows, w + 1);
+            multiply<S>(layer.keys_values.data(), 1, rows, gathered, kBlock, to, kKeys, rows, w + 1, Replace{});
             for (int64_t r = 0; r <= w && !any; ++r) std::fill_n(to + r * kKeys, kBlock, T(0));  // equal scores
         }
         return keys;
@@ -477,12 +470,12 @@ struct EncodePattern {
             for (int64_t i = 0; i < kBlock; ++i) out[f * kBlock + i] = y[f * kBlock + i] + layer.view.contract_bias[f];
         for (int64_t h = 0; h < hidden_rows; h += kHidden) {
             const int64_t here = std::min(kHidden, hidden_rows - h);
-            multiply<S, false>(layer.expand.data() + h, 1, hidden_rows, y, kBlock, inner, kBlock, here, w + 1);
+            multiply<S>(layer.expand.data() + h, 1, hidden_rows, y, kBlock, inner, kBlock, here, w + 1, Replace{});
             for (int64_t i = 0; i < here * kBlock; i += S::kLanes) {
                 const V value = load<V>(inner + i);
                 store(inner + i, value > T(0) ? value : value * p.leaky_slope);
             }
-            multiply<S, true>(layer.contract.data() + h * w, 1, w, inner, kBlock, out, kBlock, w, here);
+            multiply<S>(layer.contract.data() + h * w, 1, w, inner, kBlock, out, kBlock, w, here, Accumulate{});
         }
         normalise<S>(out, w, layer.view.feed_forward_norm, layer.view.feed_forward_norm_bias, p.norm_eps, x);
     }
