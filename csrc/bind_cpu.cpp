@@ -2,6 +2,9 @@
 // Python (xrdfast/ops); no torch header, so it compiles in seconds and one build serves every torch version.
 #include <pybind11/pybind11.h>
 
+#include <string>
+
+#include "peak_attention.h"
 #include "render.h"
 #include "simulate.h"
 
@@ -33,6 +36,45 @@ StructureBatch structures(uintptr_t atom_offset, uintptr_t lattice, uintptr_t at
             wavelength,
             g_min,
             g_max};
+}
+
+// `dtype` ends the names: peak_attention_float32.
+template <typename T>
+void bind_peak_attention(py::module_& m, const std::string& dtype) {
+    m.def(
+        ("peak_attention_" + dtype).c_str(),
+        [](uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t active, uintptr_t output,
+           uintptr_t logsumexp, int64_t n_patterns, int64_t n_patches, int64_t width, int n_threads) {
+            peak_attention_forward_cpu<T>({at<const T>(query), at<const T>(key), at<const T>(value),
+                                           at<const bool>(active), at<T>(output), at<T>(logsumexp), n_patterns,
+                                           n_patches, width},
+                                          n_threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        ("peak_attention_backward_" + dtype).c_str(),
+        [](uintptr_t grad_output, uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t active,
+           uintptr_t output, uintptr_t logsumexp, uintptr_t grad_query, uintptr_t grad_key, uintptr_t grad_value,
+           int64_t n_patterns, int64_t n_patches, int64_t width, int n_threads) {
+            peak_attention_backward_cpu<T>(
+                {at<const T>(grad_output), at<const T>(query), at<const T>(key), at<const T>(value),
+                 at<const bool>(active), at<const T>(output), at<const T>(logsumexp), at<T>(grad_query),
+                 at<T>(grad_key), at<T>(grad_value), n_patterns, n_patches, width},
+                n_threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        ("encode_patches_" + dtype).c_str(),
+        [](uintptr_t intensity, uintptr_t patch_weight, uintptr_t position, uintptr_t layers, uintptr_t features,
+           int64_t n_patterns, int64_t n_patches, int64_t patch_points, int64_t n_embedded, int64_t width,
+           int64_t hidden, int64_t n_layers, double blank, double norm_eps, double leaky_slope, int n_threads) {
+            encode_patches_cpu<T>({at<const T>(intensity), at<const T>(patch_weight), at<const T>(position),
+                                   at<const T>(layers), at<T>(features), n_patterns, n_patches, patch_points,
+                                   n_embedded, width, hidden, n_layers, static_cast<T>(blank),
+                                   static_cast<T>(norm_eps), static_cast<T>(leaky_slope)},
+                                  n_threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace
@@ -96,4 +138,6 @@ PYBIND11_MODULE(_cpu, m) {
                               n_threads);
         },
         py::call_guard<py::gil_scoped_release>());
+    bind_peak_attention<float>(m, "float32");
+    bind_peak_attention<double>(m, "float64");
 }

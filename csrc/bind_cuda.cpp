@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "peak_attention.h"
 #include "render.h"
 #include "simulate.h"
 
@@ -36,6 +37,33 @@ StructureBatch lattices(uintptr_t lattice, int64_t n_structures, double g_min, d
     batch.g_min = g_min;
     batch.g_max = g_max;
     return batch;
+}
+
+// `dtype` ends the names: peak_attention_float32.
+template <typename T, typename S>
+void bind_peak_attention(py::module_& m, const std::string& dtype) {
+    m.def(
+        ("peak_attention_" + dtype).c_str(),
+        [](uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t active, uintptr_t output, uintptr_t logsumexp,
+           int64_t n_patterns, int64_t n_patches, int64_t width, uintptr_t stream) {
+            const PeakAttentionParams<T, S> params{at<const S>(query), at<const S>(key), at<const S>(value),
+                                                   at<const bool>(active), at<S>(output), at<T>(logsumexp),
+                                                   n_patterns, n_patches, width};
+            check("peak_attention", peak_attention_forward_cuda(params, at<void>(stream)));
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        ("peak_attention_backward_" + dtype).c_str(),
+        [](uintptr_t grad_output, uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t active,
+           uintptr_t output, uintptr_t logsumexp, uintptr_t grad_query, uintptr_t grad_key, uintptr_t grad_value,
+           int64_t n_patterns, int64_t n_patches, int64_t width, uintptr_t delta, uintptr_t stream) {
+            const PeakAttentionBackwardParams<T, S> params{
+                at<const S>(grad_output), at<const S>(query), at<const S>(key), at<const S>(value),
+                at<const bool>(active), at<const S>(output), at<const T>(logsumexp), at<S>(grad_query),
+                at<S>(grad_key), at<S>(grad_value), n_patterns, n_patches, width};
+            check("peak_attention_backward", peak_attention_backward_cuda(params, at<T>(delta), at<void>(stream)));
+        },
+        py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace
@@ -125,4 +153,7 @@ PYBIND11_MODULE(XRDFAST_MODULE, m) {
             check("render_sticks", render_sticks_cuda(params, scratch, at<void>(stream)));
         },
         unlocked);
+    bind_peak_attention<float, float>(m, "float32");
+    bind_peak_attention<double, double>(m, "float64");
+    bind_peak_attention<float, Bfloat16>(m, "bfloat16");
 }

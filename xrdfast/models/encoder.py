@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from xrdfast.ops.peak_attention import encode_patches, peak_attention
+
 # The published grid: 8,500 points of 0.01 degrees from 5 degrees two_theta up to, not including, 90 degrees.
 N_POINTS = 8500
 TWO_THETA_MIN = 5.0
@@ -97,16 +99,20 @@ class PatchEmbedding(nn.Module):
         steps = itertools.pairwise(PATCH_CHANNELS)
         self.convolutions = nn.ModuleList(nn.Conv1d(i, o, 3, padding=1) for i, o in steps)
 
-    def forward(self, patches: Tensor) -> Tensor:
-        """Returns (n_patterns, n_patches, 16) from patches (n_patterns, n_patches, 10)."""
-        response = torch.eye(PATCH_POINTS + 1, PATCH_POINTS, dtype=patches.dtype, device=patches.device)[
-            :, None
-        ]
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """The map's weight (10, 16) and bias (16)."""
+        like = self.convolutions[0].weight
+        response = torch.eye(PATCH_POINTS + 1, PATCH_POINTS, dtype=like.dtype, device=like.device)[:, None]
         for i, convolution in enumerate(self.convolutions):
             response = F.avg_pool1d(convolution(response), 2, padding=int(i in PATCH_PADDED_POOLS))
-        response = response.flatten(1)  # (11, 16): the ten unit patches, then the blank one
-        weight = response[:PATCH_POINTS] - response[PATCH_POINTS:]
-        return patches @ weight + response[PATCH_POINTS]
+        # (11, 16): the ten unit patches, then the blank one; autocast may have made it bfloat16
+        response = response.flatten(1).to(like.dtype)
+        return response[:PATCH_POINTS] - response[PATCH_POINTS:], response[PATCH_POINTS]
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Returns (n_patterns, n_patches, 16) from patches (n_patterns, n_patches, 10)."""
+        weight, bias = self.affine()
+        return patches @ weight + bias
 
 
 class AttentionLayer(nn.Module):
@@ -128,8 +134,7 @@ class AttentionLayer(nn.Module):
         """One layer.
 
         Blank patches are masked as keys only. The published code sets their scores to -1e9, so a pattern
-        without any active patch attends uniformly; here such a pattern keeps all keys and asks with zero
-        queries, which gives equal scores, and no gradient to them, as published.
+        without any active patch attends uniformly, and so it does here.
 
         Args:
             x: (n_patterns, n_patches, n_features).
@@ -138,19 +143,23 @@ class AttentionLayer(nn.Module):
         Returns:
             (n_patterns, n_patches, n_features).
         """
-        any_active = active.any(dim=1, keepdim=True)  # (n_patterns, 1)
-        query = self.query(x) * any_active[..., None]
-        mask = (active | ~any_active)[:, None, None, :]  # (n_patterns, head, query, key)
-        attended = F.scaled_dot_product_attention(
-            query[:, None], self.key(x)[:, None], self.value(x)[:, None], attn_mask=mask
-        )
-        x = self.attention_norm(self.dropout(self.output(attended[:, 0])) + x)
+        attended = peak_attention(self.query(x), self.key(x), self.value(x), active)
+        x = self.attention_norm(self.dropout(self.output(attended)) + x)
         inner = F.leaky_relu(self.expand(x), inplace=True)
         return self.feed_forward_norm(self.dropout(self.contract(inner)) + x)
 
+    def tensors(self) -> list[Tensor]:
+        """Weights and biases in the order of `encode_patches`."""
+        maps = (self.query, self.key, self.value, self.output, self.attention_norm)
+        maps += (self.expand, self.contract, self.feed_forward_norm)
+        return [tensor for module in maps for tensor in (module.weight, module.bias)]
+
 
 class GlobalBranch(nn.Module):
-    """Attention over 850 patches of 10 points, then the maximum over all patches."""
+    """Attention over 850 patches of 10 points, then the maximum over all patches.
+
+    Where neither dropout nor gradients are asked for, the whole branch is one operator, `encode_patches`.
+    """
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
@@ -165,6 +174,8 @@ class GlobalBranch(nn.Module):
 
     def forward(self, intensity: Tensor) -> Tensor:
         """Returns (n_patterns, 32) from intensity (n_patterns, 8500)."""
+        if not self.training and not torch.is_grad_enabled():
+            return self._infer(intensity)
         patches = intensity.unflatten(1, (self.n_patches, PATCH_POINTS))
         patch_maximum = patches.max(dim=2).values
         position = self.learned_position.expand(len(intensity), -1, -1)
@@ -175,6 +186,18 @@ class GlobalBranch(nn.Module):
         for layer in self.layers:
             x = layer(x, active)
         return x.max(dim=1).values
+
+    def _infer(self, intensity: Tensor) -> Tensor:
+        weight, bias = self.patch_embedding.affine()
+        constant = torch.cat([bias.expand(self.n_patches, -1), self.learned_position], dim=1)
+        return encode_patches(
+            intensity,
+            weight,
+            F.pad(constant, (0, 1)) + self.fixed_position,
+            [tensor for layer in self.layers for tensor in layer.tensors()],
+            blank=BLANK_PATCH,
+            norm_eps=self.layers[0].attention_norm.eps,
+        )
 
 
 class XRDecouplerEncoder(nn.Module):
