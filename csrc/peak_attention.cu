@@ -179,8 +179,8 @@ __global__ void __launch_bounds__(kThreads) attend(PeakAttentionParams<T, S> p) 
     constexpr int kStride = kPacksARow<T, kSplit>;
     XRD_DYNAMIC_SHARED(uint16_t, list);  // n_patches
     XRD_SHARED(int, partial, kThreads / 32);
-    XRD_SHARED(Pack<T>, key, (kTilePacks<T, kSplit>));
-    XRD_SHARED(Pack<T>, value, (kTilePacks<T, kSplit>));
+    XRD_SHARED(Pack<T>, key_tile, (kTilePacks<T, kSplit>));
+    XRD_SHARED(Pack<T>, value_tile, (kTilePacks<T, kSplit>));
     const int n = static_cast<int>(p.n_patches), width = static_cast<int>(p.width);
     const Place place = place_of_block<kSplit>(n);
     const int64_t start = place.pattern * n * width;
@@ -197,15 +197,15 @@ __global__ void __launch_bounds__(kThreads) attend(PeakAttentionParams<T, S> p) 
         const int here = min(kTile, keys.count - first);
         const auto listed = [=](int i) { return list[first + i]; };
         __syncthreads();
-        fill_tile<kSplit>(key, p.key + start, here, width, listed);
-        fill_tile<kSplit>(value, p.value + start, here, width, listed);
+        fill_tile<kSplit>(key_tile, p.key + start, here, width, listed);
+        fill_tile<kSplit>(value_tile, p.value + start, here, width, listed);
         __syncthreads();
         for (int step = 0; step < here; step += kStep) {
             T score[kStep], top = largest;
 #pragma unroll
             for (int j = 0; j < kStep; ++j) {
                 const int r = min(step + j, here - 1);
-                const T s = query.dot(key + r * kStride, part);
+                const T s = query.dot(key_tile + r * kStride, part);
                 score[j] = step + j < here ? s : -INFINITY;
                 top = score[j] > top ? score[j] : top;
             }
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kThreads) attend(PeakAttentionParams<T, S> p) 
             for (int j = 0; j < kStep; ++j) {
                 const T probability = exponential(score[j] - top);
                 sum += probability;
-                output.add(probability, value + min(step + j, here - 1) * kStride, part);
+                output.add(probability, value_tile + min(step + j, here - 1) * kStride, part);
             }
         }
     }
@@ -234,8 +234,8 @@ __global__ void __launch_bounds__(kThreads) grad_of_queries(PeakAttentionBackwar
     constexpr int kStride = kPacksARow<T, kSplit>;
     XRD_DYNAMIC_SHARED(uint16_t, list);  // n_patches
     XRD_SHARED(int, partial, kThreads / 32);
-    XRD_SHARED(Pack<T>, key, (kTilePacks<T, kSplit>));
-    XRD_SHARED(Pack<T>, value, (kTilePacks<T, kSplit>));
+    XRD_SHARED(Pack<T>, key_tile, (kTilePacks<T, kSplit>));
+    XRD_SHARED(Pack<T>, value_tile, (kTilePacks<T, kSplit>));
     const int n = static_cast<int>(p.n_patches), width = static_cast<int>(p.width);
     const Place place = place_of_block<kSplit>(n);
     const int64_t start = place.pattern * n * width;
@@ -262,13 +262,13 @@ __global__ void __launch_bounds__(kThreads) grad_of_queries(PeakAttentionBackwar
         const int here = min(kTile, keys.count - first);
         const auto listed = [=](int i) { return list[first + i]; };
         __syncthreads();
-        fill_tile<kSplit>(key, p.key + start, here, width, listed);
-        fill_tile<kSplit>(value, p.value + start, here, width, listed);
+        fill_tile<kSplit>(key_tile, p.key + start, here, width, listed);
+        fill_tile<kSplit>(value_tile, p.value + start, here, width, listed);
         __syncthreads();
         for (int r = 0; r < here; ++r) {
-            const T probability = exponential(query.dot(key + r * kStride, part) - logsumexp);
-            const T difference = grad.dot(value + r * kStride, part) - delta;
-            sum.add(probability * difference, key + r * kStride, part);
+            const T probability = exponential(query.dot(key_tile + r * kStride, part) - logsumexp);
+            const T difference = grad.dot(value_tile + r * kStride, part) - delta;
+            sum.add(probability * difference, key_tile + r * kStride, part);
         }
     }
     if (there) sum.write(p.grad_query + at, part, width, scale);
@@ -280,8 +280,8 @@ __global__ void __launch_bounds__(kThreads) grad_of_keys(PeakAttentionBackwardPa
     constexpr int kStride = kPacksARow<T, kSplit>, kRows = kThreads / kSplit;
     XRD_DYNAMIC_SHARED(uint16_t, list);  // n_patches
     XRD_SHARED(int, partial, kThreads / 32);
-    XRD_SHARED(Pack<T>, query, (kTilePacks<T, kSplit>));
-    XRD_SHARED(Pack<T>, grad, (kTilePacks<T, kSplit>));
+    XRD_SHARED(Pack<T>, query_tile, (kTilePacks<T, kSplit>));
+    XRD_SHARED(Pack<T>, grad_tile, (kTilePacks<T, kSplit>));
     XRD_SHARED(T, logsumexp, kTile);
     XRD_SHARED(T, delta, kTile);
     const int n = static_cast<int>(p.n_patches), width = static_cast<int>(p.width);
@@ -309,18 +309,18 @@ __global__ void __launch_bounds__(kThreads) grad_of_keys(PeakAttentionBackwardPa
         const int here = min(kTile, n - first);
         const auto in_order = [=](int i) { return first + i; };
         __syncthreads();
-        fill_tile<kSplit>(query, p.query + start, here, width, in_order);
-        fill_tile<kSplit>(grad, p.grad_output + start, here, width, in_order);
+        fill_tile<kSplit>(query_tile, p.query + start, here, width, in_order);
+        fill_tile<kSplit>(grad_tile, p.grad_output + start, here, width, in_order);
         for (int i = threadIdx.x; i < here; i += kThreads) {
             logsumexp[i] = p.logsumexp[place.pattern * n + first + i];
             delta[i] = delta_in[place.pattern * n + first + i];
         }
         __syncthreads();
         for (int r = 0; r < here; ++r) {
-            const T probability = exponential(key.dot(query + r * kStride, part) - logsumexp[r]);
-            const T difference = value.dot(grad + r * kStride, part) - delta[r];
-            grad_value.add(probability, grad + r * kStride, part);
-            grad_key.add(probability * difference, query + r * kStride, part);
+            const T probability = exponential(key.dot(query_tile + r * kStride, part) - logsumexp[r]);
+            const T difference = value.dot(grad_tile + r * kStride, part) - delta[r];
+            grad_value.add(probability, grad_tile + r * kStride, part);
+            grad_key.add(probability * difference, query_tile + r * kStride, part);
         }
     }
     if (!there) return;

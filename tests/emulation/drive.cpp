@@ -4,12 +4,14 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <random>
 #include <set>
 #include <tuple>
 #include <vector>
 
+#include "peak_attention.h"
 #include "render.h"
 #include "simulate.h"
 
@@ -227,6 +229,86 @@ void check_sticks(const Found& found, int64_t n_patterns) {
     }
 }
 
+double value_of(double x) { return x; }
+double value_of(float x) { return x; }
+double value_of(Bfloat16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+template <typename S>
+S stored(double x) {
+    return static_cast<S>(x);
+}
+template <>
+Bfloat16 stored<Bfloat16>(double x) {
+    const float value = static_cast<float>(x);
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return {static_cast<uint16_t>(bits >> 16)};
+}
+
+// The first pattern has no active patch, the others one in three.
+template <typename T, typename S>
+void check_attention(int64_t n_patterns, int64_t n, int64_t width, double tolerance) {
+    std::mt19937 random(7);
+    std::normal_distribution<double> normal;
+    const int64_t size = n_patterns * n * width;
+    std::vector<S> query, key, value, grad, output(size), grad_query(size), grad_key(size), grad_value(size);
+    for (auto* x : {&query, &key, &value, &grad})
+        for (int64_t i = 0; i < size; ++i) x->push_back(stored<S>(normal(random)));
+    std::vector<T> logsumexp(n_patterns * n), delta(n_patterns * n);
+    std::vector<char> flag(n_patterns * n);
+    for (int64_t i = n; i < n_patterns * n; ++i) flag[i] = i % 3 == 0;
+    const bool* active = reinterpret_cast<const bool*>(flag.data());
+    const PeakAttentionParams<T, S> forward{query.data(), key.data(), value.data(), active, output.data(),
+                                            logsumexp.data(), n_patterns, n, width};
+    expect(peak_attention_forward_cuda(forward, nullptr) == 0, "peak_attention", 1, 0);
+    const PeakAttentionBackwardParams<T, S> backward{
+        grad.data(), query.data(), key.data(), value.data(), active, output.data(), logsumexp.data(),
+        grad_query.data(), grad_key.data(), grad_value.data(), n_patterns, n, width};
+    expect(peak_attention_backward_cuda(backward, delta.data(), nullptr) == 0, "peak_attention_backward", 1, 0);
+    for (int64_t s = 0; s < n_patterns; ++s) {
+        const int64_t start = s * n * width;
+        const auto dot = [&](const std::vector<S>& a, int64_t i, const std::vector<S>& b, int64_t j) {
+            double sum = 0.0;
+            for (int64_t f = 0; f < width; ++f)
+                sum += value_of(a[start + i * width + f]) * value_of(b[start + j * width + f]);
+            return sum;
+        };
+        std::vector<double> want[4];  // output and gradients to query, key, value
+        for (auto& x : want) x.assign(n * width, 0.0);
+        const double scale = s == 0 ? 0.0 : 1.0 / std::sqrt(static_cast<double>(width));
+        for (int64_t i = 0; i < n; ++i) {
+            std::vector<double> p(n, 0.0);
+            double sum = 0.0, mean = 0.0;
+            for (int64_t j = 0; j < n; ++j)
+                if (s == 0 || active[s * n + j]) sum += p[j] = std::exp(scale * dot(query, i, key, j));
+            expect(std::fabs(logsumexp[s * n + i] - std::log(sum)) <= tolerance, "logsumexp", logsumexp[s * n + i],
+                   std::log(sum));
+            for (int64_t j = 0; j < n; ++j) mean += (p[j] /= sum) * dot(grad, i, value, j);
+            for (int64_t j = 0; j < n; ++j) {
+                const double d = scale * p[j] * (dot(grad, i, value, j) - mean);
+                for (int64_t f = 0; f < width; ++f) {
+                    want[0][i * width + f] += p[j] * value_of(value[start + j * width + f]);
+                    want[1][i * width + f] += d * value_of(key[start + j * width + f]);
+                    want[2][j * width + f] += d * value_of(query[start + i * width + f]);
+                    want[3][j * width + f] += p[j] * value_of(grad[start + i * width + f]);
+                }
+            }
+        }
+        const std::vector<S>* got[4] = {&output, &grad_query, &grad_key, &grad_value};
+        const char* name[4] = {"attention", "gradient to query", "gradient to key", "gradient to value"};
+        for (int x = 0; x < 4; ++x)
+            for (int64_t i = 0; i < n * width; ++i) {
+                const double found = value_of((*got[x])[start + i]);
+                expect(std::fabs(found - want[x][i]) <= tolerance * (1.0 + std::fabs(want[x][i])), name[x], found,
+                       want[x][i]);
+            }
+    }
+}
+
 }  // namespace
 
 int main(int count, char** values) {
@@ -241,5 +323,11 @@ int main(int count, char** values) {
         check_sticks(found, all.n);
         std::printf("%lld reflections\n", static_cast<long long>(found.offset.back()));
     }
+    for (const int64_t width : {8, 40, 64}) {  // one, two and four threads a row
+        check_attention<float, float>(2, 37, width, 1e-5);
+        check_attention<double, double>(2, 37, width, 1e-12);
+    }
+    check_attention<float, float>(2, 131, 32, 1e-5);  // two tiles of rows, five of shared memory
+    check_attention<float, Bfloat16>(2, 37, 32, 3e-2);
     return n_wrong ? 1 : 0;
 }

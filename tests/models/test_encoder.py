@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models.published_reference import PositionEmbedding, grid_angle, published_logits, published_models
 from xrdfast.models import build_model
@@ -105,13 +107,16 @@ def test_parameters_and_flops():
     )
     assert 30.2e6 < n_parameters < 30.3e6
 
-    attention = {  # torch counts every attention kernel but this one
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
-            q, k, v
-        )
-    }
+    def patch_flops(intensity, patch_weight, position, layers, *_, **__) -> int:
+        """With all patches active, and all products done."""
+        patch_products = 2 * math.prod(position[:1] + patch_weight)
+        score_products = 4 * position[0] ** 2 * position[1]
+        maps = sum(2 * position[0] * math.prod(shape) for shape in layers if len(shape) == 2)
+        return intensity[0] * (patch_products + len(layers) // 16 * score_products + maps)
+
+    own_ops = {torch.ops.xrdfast.encode_patches: patch_flops}
     intensity = torch.rand(2, 8500)
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=attention) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=own_ops) as counter:
         model(intensity)
     own = counter.get_total_flops() / 2
     for module in published.values():

@@ -11,6 +11,7 @@
 #include <random>
 #include <vector>
 
+#include "peak_attention.h"
 #include "render.h"
 #include "simulate.h"
 
@@ -271,6 +272,68 @@ void drive_rendering(Random& random) {
         expect(intensity[i] >= 0.0f && intensity[i] <= 100.0f, "points lie in [0, 100]");
 }
 
+template <typename T>
+void fill(const Block<T>& block, Random& random, double reach, bool hostile) {
+    for (int64_t i = 0; i < block.size(); ++i)
+        block[i] = static_cast<T>(hostile ? random.number(-reach, reach) : random.real(-reach, reach));
+}
+
+template <typename T>
+void drive_attention(Random& random) {
+    const int64_t n_patterns = random.integer(0, 3), n = random.integer(1, 90), width = 8 * random.integer(1, 8);
+    const int64_t size = n_patterns * n * width;
+    const bool hostile = random.one_in(3);
+    const Block<T> query(size), key(size), value(size), grad(size), output(size), logsumexp(n_patterns * n);
+    const Block<T> grad_query(size), grad_key(size), grad_value(size);
+    const Block<bool> active(n_patterns * n);
+    for (const Block<T>* x : {&query, &key, &value, &grad}) fill(*x, random, 3.0, hostile);
+    const int one_in = static_cast<int>(random.integer(1, 5));
+    for (int64_t i = 0; i < active.size(); ++i) active[i] = random.one_in(one_in);
+    peak_attention_forward_cpu<T>({query.get(), key.get(), value.get(), active.get(), output.get(), logsumexp.get(),
+                                   n_patterns, n, width},
+                                  1);
+    peak_attention_backward_cpu<T>({grad.get(), query.get(), key.get(), value.get(), active.get(), output.get(),
+                                    logsumexp.get(), grad_query.get(), grad_key.get(), grad_value.get(), n_patterns, n,
+                                    width},
+                                   1);
+    for (int64_t s = 0; s < n_patterns; ++s) {
+        const bool any = std::count(active.get() + s * n, active.get() + (s + 1) * n, true) > 0;
+        for (int64_t i = s * n * width; i < (s + 1) * n * width; ++i) {
+            if (!hostile) expect(std::fabs(output[i]) <= T(3.0001), "an average lies between the values");
+            if (any && !active[i / width])
+                expect(grad_key[i] == 0 && grad_value[i] == 0, "a patch that is no key gets no gradient");
+            if (!any && !hostile) expect(grad_query[i] == 0 && grad_key[i] == 0, "equal scores have no gradient");
+        }
+    }
+}
+
+template <typename T>
+void drive_patches(Random& random) {
+    const int64_t n_patterns = random.integer(0, 3), n = random.integer(1, 90), points = random.integer(1, 12);
+    const int64_t width = 8 * random.integer(1, 8), n_embedded = random.integer(1, width - 1);
+    const int64_t hidden = random.integer(0, 150), n_layers = random.integer(0, 2);
+    const int64_t a_layer = 4 * width * width + 9 * width + (2 * width + 1) * hidden;
+    const bool hostile = random.one_in(3);
+    const Block<T> intensity(n_patterns * n * points), weight(points * n_embedded), position(n * width);
+    const Block<T> layers(n_layers * a_layer), features(n_patterns * width), alone(width);
+    fill(intensity, random, 1.0, hostile);
+    fill(weight, random, 1.0, hostile && random.one_in(3));
+    fill(position, random, 1.0, false);
+    fill(layers, random, 0.3, hostile && random.one_in(3));
+    EncodePatchesParams<T> params{intensity.get(), weight.get(), position.get(), layers.get(), features.get(),
+                                  n_patterns, n, points, n_embedded, width, hidden, n_layers,
+                                  static_cast<T>(random.one_in(4) ? 2.0 : 0.5), T(1e-6), T(0.01)};
+    encode_patches_cpu(params, 1);
+    if (n_patterns == 0) return;
+    params.intensity = intensity.get() + (n_patterns - 1) * n * points;
+    params.features = alone.get();
+    params.n_patterns = 1;
+    encode_patches_cpu(params, 1);
+    expect(std::memcmp(alone.get(), features.get() + (n_patterns - 1) * width, width * sizeof(T)) == 0,
+           "a pattern's features don't depend on the batch");
+    for (int64_t i = 0; i < width && !hostile; ++i) expect(std::isfinite(alone[i]), "features are finite");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -280,6 +343,10 @@ int main(int argc, char** argv) {
         Random random(seed);
         drive_simulation(random);
         drive_rendering(random);
+        drive_attention<float>(random);
+        drive_attention<double>(random);
+        drive_patches<float>(random);
+        drive_patches<double>(random);
     }
     std::printf("%d passed, %d failed\n", n_passed, n_failed);
     return n_failed != 0;
