@@ -2,6 +2,9 @@
 // Python (xrdfast/ops); no torch header, so it compiles in seconds and one build serves every torch version.
 #include <pybind11/pybind11.h>
 
+#include <string>
+
+#include "peak_conv.h"
 #include "render.h"
 #include "simulate.h"
 
@@ -33,6 +36,72 @@ StructureBatch structures(uintptr_t atom_offset, uintptr_t lattice, uintptr_t at
             wavelength,
             g_min,
             g_max};
+}
+
+template <typename T>
+PeakNormParams<T> peak_norm_params(uintptr_t h, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t count,
+                                   uintptr_t take, uintptr_t mean, uintptr_t var, int64_t n_rows, int64_t n_rows_out,
+                                   int64_t n_channels, int64_t n_touched, int n_take, bool maximum, bool batch,
+                                   double eps, double total) {
+    return {at<const T>(h),       at<const T>(residual), at<const T>(gamma), at<const T>(beta), at<const float>(count),
+            at<const int32_t>(take), at<T>(mean),        at<T>(var),         n_rows,            n_rows_out,
+            n_channels,           n_touched,             n_take,             maximum,           batch,
+            eps,                  total};
+}
+
+// The operators of one floating-point type, under names that end in it.
+template <typename T>
+void bind_peak_conv(py::module_& m, const std::string& type) {
+    const py::call_guard<py::gil_scoped_release> unlocked;
+    m.def(
+        ("peak_plan_" + type).c_str(),
+        [](uintptr_t intensity, uintptr_t paddings, int64_t n_patterns, int64_t length, int64_t n_stages,
+           int64_t packed_stages, int64_t reach, int64_t max_gap, double packed_share, uintptr_t n_rows,
+           uintptr_t point, uintptr_t position, uintptr_t count, uintptr_t halo, uintptr_t pairs) {
+            peak_plan_cpu<T>({at<const T>(intensity), at<const int64_t>(paddings), n_patterns, length, n_stages,
+                              packed_stages, reach, max_gap, packed_share, at<int64_t>(n_rows), at<int64_t>(point),
+                              at<int64_t>(position), at<float>(count), at<int32_t>(halo), at<int32_t>(pairs)});
+        },
+        unlocked);
+    m.def(
+        ("peak_conv_" + type).c_str(),
+        [](uintptr_t x, uintptr_t weight, uintptr_t out, int64_t n_rows, int64_t n_in, int64_t n_out, int64_t shift,
+           int n_threads) {
+            peak_conv_cpu<T>({at<const T>(x), at<const T>(weight), at<T>(out), n_rows, n_in, n_out, shift}, n_threads);
+        },
+        unlocked);
+    m.def(
+        ("peak_conv_weight_" + type).c_str(),
+        [](uintptr_t x, uintptr_t grad_out, uintptr_t grad_weight, int64_t n_rows, int64_t n_in, int64_t n_out,
+           int64_t shift, int n_threads) {
+            peak_conv_weight_cpu<T>(
+                {at<const T>(x), at<const T>(grad_out), at<T>(grad_weight), n_rows, n_in, n_out, shift}, n_threads);
+        },
+        unlocked);
+    m.def(
+        ("peak_norm_" + type).c_str(),
+        [](uintptr_t h, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t count, uintptr_t take,
+           uintptr_t mean, uintptr_t var, int64_t n_rows, int64_t n_rows_out, int64_t n_channels, int64_t n_touched,
+           int n_take, bool maximum, bool batch, double eps, double total, uintptr_t out, int n_threads) {
+            peak_norm_cpu(peak_norm_params<T>(h, residual, gamma, beta, count, take, mean, var, n_rows, n_rows_out,
+                                              n_channels, n_touched, n_take, maximum, batch, eps, total),
+                          at<T>(out), n_threads);
+        },
+        unlocked);
+    m.def(
+        ("peak_norm_backward_" + type).c_str(),
+        [](uintptr_t h, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t count, uintptr_t take,
+           uintptr_t mean, uintptr_t var, int64_t n_rows, int64_t n_rows_out, int64_t n_channels, int64_t n_touched,
+           int n_take, bool maximum, bool batch, double eps, double total, uintptr_t grad_out, uintptr_t grad_h,
+           uintptr_t grad_residual, uintptr_t grad_gamma, uintptr_t grad_beta, int n_threads) {
+            peak_norm_backward_cpu(
+                peak_norm_params<T>(h, residual, gamma, beta, count, take, mean, var, n_rows, n_rows_out, n_channels,
+                                    n_touched, n_take, maximum, batch, eps, total),
+                PeakNormGrads<T>{at<const T>(grad_out), at<T>(grad_h), at<T>(grad_residual), at<T>(grad_gamma),
+                                 at<T>(grad_beta)},
+                n_threads);
+        },
+        unlocked);
 }
 
 }  // namespace
@@ -96,4 +165,6 @@ PYBIND11_MODULE(_cpu, m) {
                               n_threads);
         },
         py::call_guard<py::gil_scoped_release>());
+    bind_peak_conv<float>(m, "float32");
+    bind_peak_conv<double>(m, "float64");
 }
