@@ -85,8 +85,8 @@ def test_switch(benchmark, row, threads, monkeypatch, stage: int, share: float, 
     pair = paired(lambda: run(inputs[0], packed), lambda: run(inputs[1], dense), rounds=7)
     benchmark.pedantic(lambda: run(inputs[0], packed), rounds=1)
     row(
-        f"block {stage + 1}, {'forward + backward' if training else 'forward'}, packed rows {n_rows / dense.n_touched:.2f}"
-        " of the dense ones",
+        f"block {stage + 1}, {'forward + backward' if training else 'forward'}, "
+        f"packed rows {n_rows / dense.n_touched:.2f} of the dense ones",
         f"{pair.ratio:.2f} × dense",
         "reported",
         True,

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <utility>
 
 #include "peak_conv.h"
 #include "render.h"
@@ -76,6 +77,30 @@ void bind_peak_conv(py::module_& m, const std::string& type) {
            int64_t shift, int n_threads) {
             peak_conv_weight_cpu<T>(
                 {at<const T>(x), at<const T>(grad_out), at<T>(grad_weight), n_rows, n_in, n_out, shift}, n_threads);
+        },
+        unlocked);
+    const std::pair<const char*, void (*)(const WinogradParams<T>&, int)> maps[] = {
+        {"winograd_input_", winograd_input_cpu<T>},
+        {"winograd_output_", winograd_output_cpu<T>},
+        {"winograd_output_backward_", winograd_output_backward_cpu<T>}};
+    for (const auto& [name, map] : maps)
+        m.def(
+            (name + type).c_str(),
+            [map = map](uintptr_t rows, uintptr_t planes, int64_t n_positions, int64_t size, int64_t tile_begin,
+                        int64_t tile_end, int n_threads) {
+                map({at<T>(rows), at<T>(planes), n_positions, size, tile_begin, tile_end}, n_threads);
+            },
+            unlocked);
+    m.def(
+        ("winograd_weight_" + type).c_str(),
+        [](uintptr_t weight, uintptr_t planes, int64_t size, bool reversed, int n_threads) {
+            winograd_weight_cpu(at<const T>(weight), at<T>(planes), size, reversed, n_threads);
+        },
+        unlocked);
+    m.def(
+        ("winograd_weight_backward_" + type).c_str(),
+        [](uintptr_t planes, uintptr_t grad_weight, int64_t size, int n_threads) {
+            winograd_weight_backward_cpu(at<const T>(planes), at<T>(grad_weight), size, n_threads);
         },
         unlocked);
     m.def(
