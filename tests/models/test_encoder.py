@@ -65,6 +65,12 @@ def test_pattern_without_active_patch_is_finite_and_uniform(paper_pair):
         close(own.encode(blank), models["rep"](blank, grid_angle(1, torch.float64)))
 
 
+def test_an_empty_batch_has_no_features():
+    model = build_model("paper").eval()
+    with torch.no_grad():
+        assert model.encoder.local_branch(torch.zeros(0, 8500)).shape == (0, 32)
+
+
 def test_patch_embedding_is_the_chain_of_convolutions():
     torch.manual_seed(0)
     embedding = PatchEmbedding().double()

@@ -289,6 +289,17 @@ void drive_stage(Random& random, int64_t n_rows, int64_t shift, int64_t n_touche
     Block<T> h(n_rows * n), grad_weight(3 * n_in * n);
     peak_conv_cpu<T>({x.get(), weight.get(), h.get(), n_rows, n_in, n, random.one_in(2) ? shift : -shift}, 1);
     peak_conv_weight_cpu<T>({x.get(), h.get(), grad_weight.get(), n_rows, n_in, n, shift}, 1);
+    if (shift > 0 && n_rows % shift == 0 && n_rows > 0) {
+        const int64_t n_positions = n_rows / shift, size = shift * n_in, n_tiles = (n_positions + 1) / 2;
+        const int64_t begin = random.integer(0, n_tiles - 1), end = random.integer(begin + 1, n_tiles);
+        const Block<T> planes(4 * (end - begin) * size), weight_planes(4 * n_in * n);
+        const WinogradParams<T> tiles{x.get(), planes.get(), n_positions, size, begin, end};
+        winograd_input_cpu(tiles, 1);
+        winograd_output_backward_cpu(tiles, 1);
+        winograd_output_cpu(tiles, 1);
+        winograd_weight_cpu(weight.get(), weight_planes.get(), n_in * n, random.one_in(2), 1);
+        winograd_weight_backward_cpu(weight_planes.get(), grad_weight.get(), n_in * n, 1);
+    }
     const Block<T> residual = random_block<T>(random, n_rows * n), gamma = random_block<T>(random, n);
     const Block<T> beta = random_block<T>(random, n), grad_out = random_block<T>(random, n_rows_out * n);
     const Block<T> mean(n), var = random_block<T>(random, n), out(n_rows_out * n);

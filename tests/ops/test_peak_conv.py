@@ -408,6 +408,17 @@ def test_autocast_casts_the_convolution_as_products() -> None:
         (lambda: bad_norm(residual=torch.zeros(4, 3)), "peak_norm: residual must be"),
         (lambda: bad_norm(statistics=(torch.zeros(2), torch.zeros(3))), "peak_norm: variance must be"),
         (lambda: bad_norm(pool="sum"), "peak_norm: pool must be"),
+        (
+            lambda: peak_norm(
+                torch.zeros(1, 2),
+                torch.ones(2),
+                torch.zeros(2),
+                plan_rows(torch.zeros(1, 1), (1,)).stages[0],
+                statistics=None,
+                eps=EPS,
+            ),
+            "peak_norm: batch statistics must be over 2 samples",
+        ),
     ],
 )
 def test_refusals(call, message: str) -> None:
@@ -475,3 +486,26 @@ def test_on_a_gpu() -> None:
         for mine, theirs in zip((out, mean, var, *grads), want, strict=True):
             assert mine.is_cuda
             torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_twenty_steps_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convergence: the same losses, float32, through the kernels and through the references."""
+    losses = []
+    for native in (True, False):
+        with monkeypatch.context() as patch:
+            if not native:
+                patch.setattr(_native, "cpu", lambda: None)
+            blocks = parameters(torch.float32)
+            optimizer = torch.optim.SGD([p for b in blocks for p in b.values() if p.requires_grad], lr=0.05)
+            losses.append([])
+            for step in range(20):
+                intensity = sticks(12, 200 + step % 2, dtype=torch.float32)
+                out, _, stages = by_rows(intensity, blocks, batch=True, packed_stages=3)
+                assert stages[0].count is not None
+                loss = (out.amax(2) - torch.linspace(0, 1, 12)[:, None]).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses[-1].append(loss.item())
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+    assert losses[0][-1] < 0.8 * losses[0][0]

@@ -11,6 +11,9 @@ kept in one of two orders:
 * dense: all positions of all patterns, position by position, and the list is shifted by the number of patterns. No
   halo, and nothing multiplied with padding zeros.
 
+On a CPU, thin convolutions and all norms are own kernels, wide convolutions library products, on long lists between
+Winograd's transforms. On a GPU the convolutions are library products.
+
 `plan_rows` chooses for each stage by counting rows. Both are exact, in training too: a blank row weighs in the batch
 statistics as many times as there are patterns that lack it, and what flows back to it is the sum over them.
 
@@ -70,9 +73,8 @@ class Stage(NamedTuple):
     n_touched: int  # rows before the blank pattern; dense: all
     total: float  # samples a channel's statistics are over: patterns times positions
     count: Tensor | None  # (n_rows,) samples a row stands for, 0 for halos; None: one each
-    halo: (
-        Tensor | None
-    )  # (1, n_rows) int32, the row whose value a row has: its own, for halos a blank one or -1: zero
+    # (1, n_rows) int32, the row whose value a row has: its own; for halos a blank one, or -1 for zero. None: its own.
+    halo: Tensor | None
     pairs: Tensor  # (2, n_rows of the next stage) int32, the rows that the pool joins; -1: zero
 
 
@@ -402,6 +404,8 @@ def peak_norm(
     """
     if pool not in (None, "max", "mean"):
         raise ValueError(f"peak_norm: pool must be max, mean or None, got {pool!r}")
+    if statistics is None and stage.total < 2:
+        raise ValueError(f"peak_norm: batch statistics must be over 2 samples or more, got {stage.total:.0f}")
     mean, var = statistics or (None, None)
     take = stage.halo if pool is None else stage.pairs
     h = h.to(gamma.dtype)
