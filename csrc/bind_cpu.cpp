@@ -3,8 +3,10 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <utility>
 
 #include "peak_attention.h"
+#include "peak_conv.h"
 #include "render.h"
 #include "simulate.h"
 
@@ -77,6 +79,96 @@ void bind_peak_attention(py::module_& m, const std::string& dtype) {
         py::call_guard<py::gil_scoped_release>());
 }
 
+template <typename T>
+PeakNormParams<T> peak_norm_params(uintptr_t h, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t count,
+                                   uintptr_t take, uintptr_t mean, uintptr_t var, int64_t n_rows, int64_t n_rows_out,
+                                   int64_t n_channels, int64_t n_touched, int n_take, bool maximum, bool batch,
+                                   double eps, double total) {
+    return {at<const T>(h),       at<const T>(residual), at<const T>(gamma), at<const T>(beta), at<const float>(count),
+            at<const int32_t>(take), at<T>(mean),        at<T>(var),         n_rows,            n_rows_out,
+            n_channels,           n_touched,             n_take,             maximum,           batch,
+            eps,                  total};
+}
+
+// The operators of one floating-point type, under names that end in it.
+template <typename T>
+void bind_peak_conv(py::module_& m, const std::string& type) {
+    const py::call_guard<py::gil_scoped_release> unlocked;
+    m.def(
+        ("peak_plan_" + type).c_str(),
+        [](uintptr_t intensity, uintptr_t paddings, int64_t n_patterns, int64_t length, int64_t n_stages,
+           int64_t packed_stages, int64_t reach, int64_t max_gap, double packed_share, uintptr_t n_rows,
+           uintptr_t point, uintptr_t position, uintptr_t count, uintptr_t halo, uintptr_t pairs) {
+            peak_plan_cpu<T>({at<const T>(intensity), at<const int64_t>(paddings), n_patterns, length, n_stages,
+                              packed_stages, reach, max_gap, packed_share, at<int64_t>(n_rows), at<int64_t>(point),
+                              at<int64_t>(position), at<float>(count), at<int32_t>(halo), at<int32_t>(pairs)});
+        },
+        unlocked);
+    m.def(
+        ("peak_conv_" + type).c_str(),
+        [](uintptr_t x, uintptr_t weight, uintptr_t out, int64_t n_rows, int64_t n_in, int64_t n_out, int64_t shift,
+           int n_threads) {
+            peak_conv_cpu<T>({at<const T>(x), at<const T>(weight), at<T>(out), n_rows, n_in, n_out, shift}, n_threads);
+        },
+        unlocked);
+    m.def(
+        ("peak_conv_weight_" + type).c_str(),
+        [](uintptr_t x, uintptr_t grad_out, uintptr_t grad_weight, int64_t n_rows, int64_t n_in, int64_t n_out,
+           int64_t shift, int n_threads) {
+            peak_conv_weight_cpu<T>(
+                {at<const T>(x), at<const T>(grad_out), at<T>(grad_weight), n_rows, n_in, n_out, shift}, n_threads);
+        },
+        unlocked);
+    const std::pair<const char*, void (*)(const WinogradParams<T>&, int)> maps[] = {
+        {"winograd_input_", winograd_input_cpu<T>},
+        {"winograd_output_", winograd_output_cpu<T>},
+        {"winograd_output_backward_", winograd_output_backward_cpu<T>}};
+    for (const auto& [name, map] : maps)
+        m.def(
+            (name + type).c_str(),
+            [map = map](uintptr_t rows, uintptr_t planes, int64_t n_positions, int64_t size, int64_t tile_begin,
+                        int64_t tile_end, int n_threads) {
+                map({at<T>(rows), at<T>(planes), n_positions, size, tile_begin, tile_end}, n_threads);
+            },
+            unlocked);
+    m.def(
+        ("winograd_weight_" + type).c_str(),
+        [](uintptr_t weight, uintptr_t planes, int64_t size, bool reversed, int n_threads) {
+            winograd_weight_cpu(at<const T>(weight), at<T>(planes), size, reversed, n_threads);
+        },
+        unlocked);
+    m.def(
+        ("winograd_weight_backward_" + type).c_str(),
+        [](uintptr_t planes, uintptr_t grad_weight, int64_t size, int n_threads) {
+            winograd_weight_backward_cpu(at<const T>(planes), at<T>(grad_weight), size, n_threads);
+        },
+        unlocked);
+    m.def(
+        ("peak_norm_" + type).c_str(),
+        [](uintptr_t h, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t count, uintptr_t take,
+           uintptr_t mean, uintptr_t var, int64_t n_rows, int64_t n_rows_out, int64_t n_channels, int64_t n_touched,
+           int n_take, bool maximum, bool batch, double eps, double total, uintptr_t out, int n_threads) {
+            peak_norm_cpu(peak_norm_params<T>(h, residual, gamma, beta, count, take, mean, var, n_rows, n_rows_out,
+                                              n_channels, n_touched, n_take, maximum, batch, eps, total),
+                          at<T>(out), n_threads);
+        },
+        unlocked);
+    m.def(
+        ("peak_norm_backward_" + type).c_str(),
+        [](uintptr_t h, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t count, uintptr_t take,
+           uintptr_t mean, uintptr_t var, int64_t n_rows, int64_t n_rows_out, int64_t n_channels, int64_t n_touched,
+           int n_take, bool maximum, bool batch, double eps, double total, uintptr_t grad_out, uintptr_t grad_h,
+           uintptr_t grad_residual, uintptr_t grad_gamma, uintptr_t grad_beta, int n_threads) {
+            peak_norm_backward_cpu(
+                peak_norm_params<T>(h, residual, gamma, beta, count, take, mean, var, n_rows, n_rows_out, n_channels,
+                                    n_touched, n_take, maximum, batch, eps, total),
+                PeakNormGrads<T>{at<const T>(grad_out), at<T>(grad_h), at<T>(grad_residual), at<T>(grad_gamma),
+                                 at<T>(grad_beta)},
+                n_threads);
+        },
+        unlocked);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -140,4 +232,6 @@ PYBIND11_MODULE(_cpu, m) {
         py::call_guard<py::gil_scoped_release>());
     bind_peak_attention<float>(m, "float32");
     bind_peak_attention<double>(m, "float64");
+    bind_peak_conv<float>(m, "float32");
+    bind_peak_conv<double>(m, "float64");
 }

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "peak_attention.h"
+#include "peak_conv.h"
 #include "render.h"
 #include "simulate.h"
 
@@ -64,6 +65,47 @@ void bind_peak_attention(py::module_& m, const std::string& dtype) {
             check("peak_attention_backward", peak_attention_backward_cuda(params, at<T>(delta), at<void>(stream)));
         },
         py::call_guard<py::gil_scoped_release>());
+}
+
+// The operators of one floating-point type, under names that end in it.
+template <typename T>
+void bind_peak_conv(py::module_& m, const std::string& type) {
+    const py::call_guard<py::gil_scoped_release> unlocked;
+    m.def(
+        ("peak_norm_" + type).c_str(),
+        [](uintptr_t h, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t count, uintptr_t take,
+           uintptr_t mean, uintptr_t var, int64_t n_rows, int64_t n_rows_out, int64_t n_channels, int64_t n_touched,
+           int n_take, bool maximum, bool batch, double eps, double total, uintptr_t sums, uintptr_t weights,
+           uintptr_t out, uintptr_t stream) {
+            const PeakNormParams<T> params{at<const T>(h),     at<const T>(residual), at<const T>(gamma),
+                                           at<const T>(beta),  at<const float>(count), at<const int32_t>(take),
+                                           at<T>(mean),        at<T>(var),             n_rows,
+                                           n_rows_out,         n_channels,             n_touched,
+                                           n_take,             maximum,                batch,
+                                           eps,                total};
+            const PeakNormScratch<T> scratch{at<T>(sums), at<T>(weights), nullptr, nullptr};
+            check("peak_norm", peak_norm_cuda(params, scratch, at<T>(out), at<void>(stream)));
+        },
+        unlocked);
+    m.def(
+        ("peak_norm_backward_" + type).c_str(),
+        [](uintptr_t h, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t count, uintptr_t take,
+           uintptr_t mean, uintptr_t var, int64_t n_rows, int64_t n_rows_out, int64_t n_channels, int64_t n_touched,
+           int n_take, bool maximum, bool batch, double eps, double total, uintptr_t sums, uintptr_t taker,
+           uintptr_t taken, uintptr_t grad_out, uintptr_t grad_h, uintptr_t grad_residual, uintptr_t grad_gamma,
+           uintptr_t grad_beta, uintptr_t stream) {
+            const PeakNormParams<T> params{at<const T>(h),     at<const T>(residual), at<const T>(gamma),
+                                           at<const T>(beta),  at<const float>(count), at<const int32_t>(take),
+                                           at<T>(mean),        at<T>(var),             n_rows,
+                                           n_rows_out,         n_channels,             n_touched,
+                                           n_take,             maximum,                batch,
+                                           eps,                total};
+            const PeakNormScratch<T> scratch{at<T>(sums), nullptr, at<const int32_t>(taker), at<const int32_t>(taken)};
+            const PeakNormGrads<T> grads{at<const T>(grad_out), at<T>(grad_h), at<T>(grad_residual), at<T>(grad_gamma),
+                                         at<T>(grad_beta)};
+            check("peak_norm_backward", peak_norm_backward_cuda(params, scratch, grads, at<void>(stream)));
+        },
+        unlocked);
 }
 
 }  // namespace
@@ -156,4 +198,6 @@ PYBIND11_MODULE(XRDFAST_MODULE, m) {
     bind_peak_attention<float, float>(m, "float32");
     bind_peak_attention<double, double>(m, "float64");
     bind_peak_attention<float, Bfloat16>(m, "bfloat16");
+    bind_peak_conv<float>(m, "float32");
+    bind_peak_conv<double>(m, "float64");
 }

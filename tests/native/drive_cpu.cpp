@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "peak_attention.h"
+#include "peak_conv.h"
 #include "render.h"
 #include "simulate.h"
 
@@ -334,6 +335,95 @@ void drive_patches(Random& random) {
     for (int64_t i = 0; i < width && !hostile; ++i) expect(std::isfinite(alone[i]), "features are finite");
 }
 
+Block<T> random_block(Random& random, int64_t n) {
+    Block<T> block(n);
+    for (int64_t i = 0; i < n; ++i) block[i] = static_cast<T>(random.real(-2, 2));
+    return block;
+}
+
+// Convolution and norm of one stage, with exact buffers. `take` is (n_take, n_rows_out), or nothing.
+template <typename T>
+void drive_stage(Random& random, int64_t n_rows, int64_t shift, int64_t n_touched, double total, const float* count,
+                 const int32_t* take, int n_take, int64_t n_rows_out) {
+    const int64_t n_in = random.integer(1, 40), n = random.integer(1, 70);
+    Block<T> x = random_block<T>(random, n_rows * n_in), weight = random_block<T>(random, 3 * n_in * n);
+    if (n_rows > 0 && random.one_in(4)) x[random.integer(0, x.size() - 1)] = static_cast<T>(random.hostile());
+    Block<T> h(n_rows * n), grad_weight(3 * n_in * n);
+    peak_conv_cpu<T>({x.get(), weight.get(), h.get(), n_rows, n_in, n, random.one_in(2) ? shift : -shift}, 1);
+    peak_conv_weight_cpu<T>({x.get(), h.get(), grad_weight.get(), n_rows, n_in, n, shift}, 1);
+    if (shift > 0 && n_rows % shift == 0 && n_rows > 0) {
+        const int64_t n_positions = n_rows / shift, size = shift * n_in, n_tiles = (n_positions + 1) / 2;
+        const int64_t begin = random.integer(0, n_tiles - 1), end = random.integer(begin + 1, n_tiles);
+        const Block<T> planes(4 * (end - begin) * size), weight_planes(4 * n_in * n);
+        const WinogradParams<T> tiles{x.get(), planes.get(), n_positions, size, begin, end};
+        winograd_input_cpu(tiles, 1);
+        winograd_output_backward_cpu(tiles, 1);
+        winograd_output_cpu(tiles, 1);
+        winograd_weight_cpu(weight.get(), weight_planes.get(), n_in * n, random.one_in(2), 1);
+        winograd_weight_backward_cpu(weight_planes.get(), grad_weight.get(), n_in * n, 1);
+    }
+    const Block<T> residual = random_block<T>(random, n_rows * n), gamma = random_block<T>(random, n);
+    const Block<T> beta = random_block<T>(random, n), grad_out = random_block<T>(random, n_rows_out * n);
+    const Block<T> mean(n), var = random_block<T>(random, n), out(n_rows_out * n);
+    const Block<T> grad_h(n_rows * n), grad_residual(n_rows * n), grad_gamma(n), grad_beta(n);
+    const PeakNormParams<T> norm{h.get(),    random.one_in(2) ? residual.get() : nullptr,
+                                 gamma.get(), beta.get(), count, take, mean.get(), var.get(), n_rows, n_rows_out, n,
+                                 n_touched,   n_take, random.one_in(2), random.one_in(2), 1e-5, total};
+    peak_norm_cpu(norm, out.get(), 1);
+    peak_norm_backward_cpu(norm, {grad_out.get(), grad_h.get(), grad_residual.get(), grad_gamma.get(),
+                                  grad_beta.get()}, 1);
+    for (int64_t r = 0; count && r < n_rows; ++r)
+        for (int64_t c = 0; count[r] == 0.0f && c < n; ++c)
+            expect(grad_h[r * n + c] == T(0), "no gradient reaches a halo");
+}
+
+template <typename T>
+void drive_peak_conv(Random& random) {
+    const int64_t n_patterns = random.integer(0, 6), length = random.integer(8, 90), n_stages = random.integer(1, 3);
+    const int64_t packed_stages = random.integer(0, n_stages), room = n_patterns * length;
+    const Block<T> intensity(room);
+    const int every = static_cast<int>(random.integer(2, 60));
+    for (int64_t i = 0; i < room; ++i)
+        if (random.one_in(every)) intensity[i] = static_cast<T>(random.number(0, 100));
+    const Block<int64_t> paddings(n_stages), n_rows(packed_stages), point(room), position(room);
+    for (int64_t i = 0; i < n_stages; ++i) paddings[i] = random.integer(0, 1);
+    const Block<float> count(packed_stages * room);
+    const Block<int32_t> halo(packed_stages * room), pairs(2 * packed_stages * room);
+    peak_plan_cpu<T>({intensity.get(), paddings.get(), n_patterns, length, n_stages, packed_stages, 2,
+                      random.integer(0, 3), random.real(0.3, 1.0), n_rows.get(), point.get(), position.get(),
+                      count.get(), halo.get(), pairs.get()});
+    int64_t here = length;
+    for (int64_t stage = 0; stage < n_stages; ++stage) {
+        const int64_t next = (here + 2 * paddings[stage]) / 2;
+        const bool packed = stage < packed_stages && n_rows[stage] > 0;
+        if (!packed) {
+            drive_stage<T>(random, n_patterns * here, n_patterns, n_patterns * here,
+                           static_cast<double>(n_patterns * here), nullptr, nullptr, 1, n_patterns * here);
+            return;
+        }
+        const bool packed_next = stage + 1 < packed_stages && n_rows[stage + 1] > 0;
+        const int64_t rows = n_rows[stage], taken = packed_next ? n_rows[stage + 1] : n_patterns * next;
+        // Copies of the exact size.
+        const Block<float> samples(rows);
+        const Block<int32_t> holder(rows), joined(2 * taken);
+        std::copy_n(count.get() + stage * room, rows, samples.get());
+        std::copy_n(halo.get() + stage * room, rows, holder.get());
+        std::copy_n(pairs.get() + 2 * stage * room, 2 * taken, joined.get());
+        double total = 0.0;
+        for (int64_t r = 0; r < rows; ++r) {
+            total += samples[r];
+            expect(holder[r] >= -1 && holder[r] < rows, "a halo's value is that of a row, or zero");
+            expect((samples[r] == 0.0f) == (holder[r] != r) || r >= rows - here - 2, "halos stand for no sample");
+        }
+        expect(total == static_cast<double>(n_patterns * here), "every sample is some row's");
+        for (int64_t j = 0; j < 2 * taken; ++j) expect(joined[j] >= -1 && joined[j] < rows, "a pool joins rows");
+        const int64_t n_touched = rows - here - 2;
+        drive_stage<T>(random, rows, 1, n_touched, total, samples.get(), holder.get(), 1, rows);
+        drive_stage<T>(random, rows, 1, n_touched, total, samples.get(), joined.get(), 2, taken);
+        here = next;
+    }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -347,6 +437,8 @@ int main(int argc, char** argv) {
         drive_attention<double>(random);
         drive_patches<float>(random);
         drive_patches<double>(random);
+        drive_peak_conv<float>(random);
+        drive_peak_conv<double>(random);
     }
     std::printf("%d passed, %d failed\n", n_passed, n_failed);
     return n_failed != 0;

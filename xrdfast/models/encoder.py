@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xrdfast.ops.peak_attention import encode_patches, peak_attention
+from xrdfast.ops.peak_conv import Plan, Stage, peak_conv, peak_norm, plan_rows
 
 # The published grid: 8,500 points of 0.01 degrees from 5 degrees two_theta up to, not including, 90 degrees.
 N_POINTS = 8500
@@ -39,9 +40,13 @@ BLANK_PATCH = 1e-5  # a patch whose maximum is below this is no key of the atten
 
 
 class ResidualBlock(nn.Module):
-    """LeakyReLU(u + BN(conv3(LeakyReLU(BN(conv3(u)))))); u is x, widened where the width changes."""
+    """Pool of LeakyReLU(u + BN(conv3(LeakyReLU(BN(conv3(u)))))); u is x, widened where the width changes.
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    The modules hold the parameters under their published roles; the work is done on lists of rows, each the
+    channels of one position of one pattern (`xrdfast.ops.peak_conv`).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, pool: str) -> None:
         super().__init__()
         changes = in_channels != out_channels
         self.widen = nn.Conv1d(in_channels, out_channels, 1, bias=False) if changes else nn.Identity()
@@ -49,25 +54,62 @@ class ResidualBlock(nn.Module):
         self.norm1 = nn.BatchNorm1d(out_channels)
         self.conv2 = nn.Conv1d(out_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm1d(out_channels)
+        self.pool = pool
+        for conv in (self.conv1, self.conv2):
+            # Tap by tap in memory, so that every tap is a matrix as it lies: copying them took 2 ms a pattern.
+            conv.weight = nn.Parameter(conv.weight.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns (n_patterns, out_channels, length) from x (n_patterns, in_channels, length)."""
-        wide = self.widen(x)
-        inner = F.leaky_relu(self.norm1(self.conv1(wide)), inplace=True)
-        return F.leaky_relu(self.norm2(self.conv2(inner)) + wide, inplace=True)
+    def forward(self, x: Tensor, stage: Stage) -> Tensor:
+        """Returns the rows of the next stage, (n_rows, out_channels), from x (n_rows, in_channels)."""
+        first, second = (conv.weight.permute(2, 1, 0) for conv in (self.conv1, self.conv2))
+        if isinstance(self.widen, nn.Identity):
+            wide, inner = x, peak_conv(x, first, stage.shift)
+        else:
+            matrix = self.widen.weight[..., 0].T
+            wide = x @ matrix
+            # Widening has no bias, so it and the convolution are one convolution from the narrow width. Forming
+            # that costs as much as it saves on `out_channels` rows.
+            folds = len(x) > len(first)
+            inner = peak_conv(*((x, (first.mT @ matrix.mT).mT) if folds else (wide, first)), stage.shift)
+        inner = normalise(self.norm1, inner, stage)
+        return normalise(self.norm2, peak_conv(inner, second, stage.shift), stage, wide, self.pool)
+
+
+def normalise(
+    norm: nn.BatchNorm1d, h: Tensor, stage: Stage, residual: Tensor | None = None, pool: str | None = None
+) -> Tensor:
+    """Batch norm and what follows it in `peak_norm`; running statistics as the module itself keeps them."""
+    batch = norm.training or norm.running_mean is None
+    statistics = None if batch else (norm.running_mean, norm.running_var)
+    normed = peak_norm(
+        h, norm.weight, norm.bias, stage, statistics=statistics, eps=norm.eps, residual=residual, pool=pool
+    )
+    if norm.training and norm.track_running_stats:
+        with torch.no_grad():
+            norm.num_batches_tracked += 1
+            momentum = norm.momentum
+            if momentum is None:
+                momentum = 1.0 / norm.num_batches_tracked.to(normed.mean.dtype)
+            norm.running_mean.lerp_(normed.mean, momentum)
+            norm.running_var.lerp_(normed.var * (stage.total / (stage.total - 1.0)), momentum)
+    return normed.out
 
 
 class LocalBranch(nn.Module):
     """Thirteen residual blocks, each followed by a pool of two, from 8,500 points to one vector.
 
     The second input channel is the sine of the grid's 2θ itself, as published (Bragg's law would take θ).
+    Positions far from every peak are computed once for the whole batch (`xrdfast.ops.peak_conv`).
     """
 
     def __init__(self, n_features: int, dropout: float) -> None:
         super().__init__()
         self.intensity_norm = nn.BatchNorm1d(1)
         inputs = (2, *LOCAL_WIDTHS[:-1])
-        self.blocks = nn.ModuleList(ResidualBlock(i, o) for i, o in zip(inputs, LOCAL_WIDTHS, strict=True))
+        self.blocks = nn.ModuleList(
+            ResidualBlock(n_in, n_out, "max" if i < N_MAX_POOLS else "mean")
+            for i, (n_in, n_out) in enumerate(zip(inputs, LOCAL_WIDTHS, strict=True))
+        )
         self.dropout = nn.Dropout(dropout)
         self.project = nn.Linear(LOCAL_WIDTHS[-1], n_features)
         two_theta = TWO_THETA_MIN + TWO_THETA_STEP * torch.arange(N_POINTS, dtype=torch.float64)
@@ -76,14 +118,19 @@ class LocalBranch(nn.Module):
 
     def forward(self, intensity: Tensor) -> Tensor:
         """Returns (n_patterns, n_features) from intensity (n_patterns, 8500)."""
-        channel = self.intensity_norm(intensity[:, None])
-        x = torch.cat([channel, self.sine.expand_as(channel)], dim=1)
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            x = F.max_pool1d(x, 2) if i < N_MAX_POOLS else F.avg_pool1d(x, 2, padding=int(i in PADDED_POOLS))
+        plan = plan_rows(intensity, [int(i in PADDED_POOLS) for i in range(len(self.blocks))])
+        x = self.input_rows(intensity, plan)
+        for i, (block, stage) in enumerate(zip(self.blocks, plan.stages, strict=True)):
+            x = block(x, stage)
             if i in DROPOUT_POOLS:
                 x = self.dropout(x)
-        return self.project(x.flatten(1))
+        return self.project(x)
+
+    def input_rows(self, intensity: Tensor, plan: Plan) -> Tensor:
+        """Rows (n_rows, 2) of the first block: normed intensity and sine, zero beyond the grid."""
+        normed = self.intensity_norm(intensity[:, None]).flatten()
+        x = torch.stack([normed[plan.point], self.sine[plan.position]], dim=1)
+        return x * (plan.position >= 0)[:, None]
 
 
 class PatchEmbedding(nn.Module):

@@ -387,7 +387,11 @@ class Trainer:
                     key: parts["optimizer"].get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")
                 }
                 if moments["step"] is not None:
-                    self.optimizer.state[parameter] = {key: x.to(self.device) for key, x in moments.items()}
+                    # The fused kernel takes parameter and moments as they lie, so both must lie alike.
+                    self.optimizer.state[parameter] = {
+                        key: torch.empty_like(parameter if x.dim() else x, device=self.device).copy_(x)
+                        for key, x in moments.items()
+                    }
             self.step, self.elapsed, self.fraction = (
                 int(state["step"]),
                 float(state["elapsed"]),
