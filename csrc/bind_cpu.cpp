@@ -2,6 +2,7 @@
 // Python (xrdfast/ops); no torch header, so it compiles in seconds and one build serves every torch version.
 #include <pybind11/pybind11.h>
 
+#include "bind_dsr_loss.h"
 #include "render.h"
 #include "simulate.h"
 
@@ -33,6 +34,18 @@ StructureBatch structures(uintptr_t atom_offset, uintptr_t lattice, uintptr_t at
             wavelength,
             g_min,
             g_max};
+}
+
+template <typename Element>
+void define_dsr_loss_cpu(py::module_& m, const char* dtype) {
+    define_dsr_loss<Element>(
+        m, dtype,
+        [](const DsrLossParams<Element>& p, uintptr_t n_threads) {
+            dsr_loss_forward_cpu(p, static_cast<int>(n_threads));
+        },
+        [](const DsrLossParams<Element>& p, uintptr_t n_threads) {
+            dsr_loss_backward_cpu(p, static_cast<int>(n_threads));
+        });
 }
 
 }  // namespace
@@ -96,4 +109,7 @@ PYBIND11_MODULE(_cpu, m) {
                               n_threads);
         },
         py::call_guard<py::gil_scoped_release>());
+    define_dsr_loss_cpu<float>(m, "float32");
+    define_dsr_loss_cpu<double>(m, "float64");
+    define_dsr_loss_cpu<BFloat16>(m, "bfloat16");
 }

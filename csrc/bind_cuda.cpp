@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bind_dsr_loss.h"
 #include "render.h"
 #include "simulate.h"
 
@@ -36,6 +37,18 @@ StructureBatch lattices(uintptr_t lattice, int64_t n_structures, double g_min, d
     batch.g_min = g_min;
     batch.g_max = g_max;
     return batch;
+}
+
+template <typename Element>
+void define_dsr_loss_cuda(py::module_& m, const char* dtype) {
+    define_dsr_loss<Element>(
+        m, dtype,
+        [](const DsrLossParams<Element>& p, uintptr_t stream) {
+            check("dsr_loss", dsr_loss_forward_cuda(p, at<void>(stream)));
+        },
+        [](const DsrLossParams<Element>& p, uintptr_t stream) {
+            check("dsr_loss_backward", dsr_loss_backward_cuda(p, at<void>(stream)));
+        });
 }
 
 }  // namespace
@@ -125,4 +138,7 @@ PYBIND11_MODULE(XRDFAST_MODULE, m) {
             check("render_sticks", render_sticks_cuda(params, scratch, at<void>(stream)));
         },
         unlocked);
+    define_dsr_loss_cuda<float>(m, "float32");
+    define_dsr_loss_cuda<double>(m, "float64");
+    define_dsr_loss_cuda<BFloat16>(m, "bfloat16");
 }
