@@ -66,7 +66,7 @@ def dsr_loss(
         Deterministic, in float32 inside also for bfloat16. NaN ranks last, and makes the loss and the gradient of its
         row and head NaN, as does +infinity or a head of -infinity alone. A single -infinity is a class of probability
         0: the loss is infinite where the other batch has something at this rank, and the rank adds nothing where it
-        is -infinity in both. A head of one class has loss 0. Second derivatives are not there.
+        is -infinity in both. A head of one class has loss 0. Second derivatives are refused.
 
     Source:
         LightSKD, arXiv:2305.09183, distillation with shape-wise regularisation (DSR).
