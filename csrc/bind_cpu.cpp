@@ -5,6 +5,7 @@
 #include <string>
 #include <utility>
 
+#include "bind_dsr_loss.h"
 #include "peak_attention.h"
 #include "peak_conv.h"
 #include "render.h"
@@ -169,6 +170,18 @@ void bind_peak_conv(py::module_& m, const std::string& type) {
         unlocked);
 }
 
+template <typename Element>
+void define_dsr_loss_cpu(py::module_& m, const char* dtype) {
+    define_dsr_loss<Element>(
+        m, dtype,
+        [](const DsrLossParams<Element>& p, uintptr_t n_threads) {
+            dsr_loss_forward_cpu(p, static_cast<int>(n_threads));
+        },
+        [](const DsrLossParams<Element>& p, uintptr_t n_threads) {
+            dsr_loss_backward_cpu(p, static_cast<int>(n_threads));
+        });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -234,4 +247,7 @@ PYBIND11_MODULE(_cpu, m) {
     bind_peak_attention<double>(m, "float64");
     bind_peak_conv<float>(m, "float32");
     bind_peak_conv<double>(m, "float64");
+    define_dsr_loss_cpu<float>(m, "float32");
+    define_dsr_loss_cpu<double>(m, "float64");
+    define_dsr_loss_cpu<BFloat16>(m, "bfloat16");
 }

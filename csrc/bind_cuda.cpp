@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bind_dsr_loss.h"
 #include "peak_attention.h"
 #include "peak_conv.h"
 #include "render.h"
@@ -108,6 +109,18 @@ void bind_peak_conv(py::module_& m, const std::string& type) {
         unlocked);
 }
 
+template <typename Element>
+void define_dsr_loss_cuda(py::module_& m, const char* dtype) {
+    define_dsr_loss<Element>(
+        m, dtype,
+        [](const DsrLossParams<Element>& p, uintptr_t stream) {
+            check("dsr_loss", dsr_loss_forward_cuda(p, at<void>(stream)));
+        },
+        [](const DsrLossParams<Element>& p, uintptr_t stream) {
+            check("dsr_loss_backward", dsr_loss_backward_cuda(p, at<void>(stream)));
+        });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(XRDFAST_MODULE, m) {
@@ -200,4 +213,7 @@ PYBIND11_MODULE(XRDFAST_MODULE, m) {
     bind_peak_attention<float, Bfloat16>(m, "bfloat16");
     bind_peak_conv<float>(m, "float32");
     bind_peak_conv<double>(m, "float64");
+    define_dsr_loss_cuda<float>(m, "float32");
+    define_dsr_loss_cuda<double>(m, "float64");
+    define_dsr_loss_cuda<BFloat16>(m, "bfloat16");
 }

@@ -6,11 +6,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <numeric>
 #include <random>
 #include <set>
 #include <tuple>
 #include <vector>
 
+#include "dsr_loss.h"
 #include "peak_attention.h"
 #include "peak_conv.h"
 #include "render.h"
@@ -387,6 +389,56 @@ void check_norm(int64_t n_rows, int64_t n_channels, bool maximum, bool batch) {
     }
 }
 
+// Two heads with ties, against softmaxes written out; gradients of the sum of the losses.
+template <typename Element>
+void check_dsr_loss(int64_t n_patterns, double tolerance) {
+    using Real = typename DsrLossParams<Element>::Real;
+    const int head_begin[] = {0, 40, 45}, n_classes = 45;
+    std::mt19937 random(7);
+    std::uniform_int_distribution<int> eighths(-40, 40);  // exact in every type
+    std::vector<Element> logits, previous, ranked(n_patterns * n_classes), grad(n_patterns * n_classes);
+    std::vector<int16_t> order(n_patterns * n_classes);
+    std::vector<Real> loss(2 * n_patterns), ones{1};
+    for (int64_t i = 0; i < n_patterns * n_classes; ++i) {
+        logits.emplace_back(static_cast<Element>(static_cast<Real>(eighths(random)) / 8));
+        previous.emplace_back(static_cast<Element>(static_cast<Real>(eighths(random)) / 8));
+    }
+    DsrLossParams<Element> p{};
+    p.n_patterns = n_patterns, p.n_classes = n_classes, p.n_heads = 2, p.temperature = 2;
+    std::copy_n(head_begin, 3, p.class_offset);
+    p.previous_ranked = previous.data(), p.ranked = ranked.data(), p.order = order.data();
+    p.logits = logits.data(), p.loss = loss.data(), p.grad_loss = ones.data(), p.grad_logits = grad.data();
+    p.previous_stride = p.logits_stride = n_classes;
+    expect(dsr_loss_forward_cuda(p, nullptr) == 0, "dsr_loss_forward", 1, 0);
+    expect(dsr_loss_backward_cuda(p, nullptr) == 0, "dsr_loss_backward", 1, 0);
+    for (int64_t s = 0; s < n_patterns; ++s)
+        for (int head = 0; head < 2; ++head) {
+            const int64_t at = s * n_classes + head_begin[head];
+            const int n = head_begin[head + 1] - head_begin[head];
+            const auto z = [&](int j) { return static_cast<double>(logits[at + j]); };
+            std::vector<int16_t> want(n);
+            std::iota(want.begin(), want.end(), static_cast<int16_t>(0));
+            std::stable_sort(want.begin(), want.end(), [&](int a, int b) { return z(a) < z(b); });
+            double sum_p = 0.0, sum_q = 0.0, divergence = 0.0;
+            for (int j = 0; j < n; ++j) {
+                sum_p += std::exp(z(j) / 2);
+                sum_q += std::exp(static_cast<double>(previous[at + j]) / 2);
+            }
+            for (int j = 0; j < n; ++j) {
+                expect(order[at + j] == want[j], "dsr order", order[at + j], want[j]);
+                expect(static_cast<double>(ranked[at + j]) == z(want[j]), "dsr ranked", ranked[at + j], z(want[j]));
+                const double p_j = std::exp(z(want[j]) / 2) / sum_p;
+                const double q_j = std::exp(static_cast<double>(previous[at + j]) / 2) / sum_q;
+                divergence += q_j * std::log(q_j / p_j);
+                const double got = grad[at + want[j]];
+                expect(std::fabs(got - 2 * (p_j - q_j)) <= tolerance, "dsr gradient", got, 2 * (p_j - q_j));
+            }
+            const double got = loss[2 * s + head];
+            expect(std::fabs(got - 4 * divergence) <= (sizeof(Real) == 8 ? 1e-13 : 1e-5), "dsr loss", got,
+                   4 * divergence);
+        }
+}
+
 }  // namespace
 
 int main(int count, char** values) {
@@ -409,5 +461,8 @@ int main(int count, char** values) {
     check_attention<float, Bfloat16>(2, 37, 32, 3e-2);
     for (const bool batch : {false, true})
         for (const bool maximum : {false, true}) check_norm(41, 35, maximum, batch);
+    check_dsr_loss<float>(all.n, 1e-6);
+    check_dsr_loss<double>(all.n, 1e-14);
+    check_dsr_loss<BFloat16>(all.n, 2e-3);
     return n_wrong ? 1 : 0;
 }

@@ -11,6 +11,7 @@
 #include <random>
 #include <vector>
 
+#include "dsr_loss.h"
 #include "peak_attention.h"
 #include "peak_conv.h"
 #include "render.h"
@@ -424,6 +425,65 @@ void drive_peak_conv(Random& random) {
     }
 }
 
+template <typename Element>
+void drive_dsr_loss(Random& random) {
+    using Real = typename DsrLossParams<Element>::Real;
+    DsrLossParams<Element> p{};
+    p.n_patterns = random.integer(0, 20);
+    p.n_heads = static_cast<int32_t>(random.integer(1, kMaxHeads));
+    for (int head = 0; head < p.n_heads; ++head)
+        p.class_offset[head + 1] =
+            p.class_offset[head] + static_cast<int32_t>(random.integer(1, random.one_in(30) ? kMaxHeadClasses : 40));
+    p.n_classes = p.class_offset[p.n_heads];
+    p.temperature = static_cast<Real>(random.real(0.1, 8));
+    p.logits_stride = random.one_in(4) ? 0 : p.n_classes + random.integer(0, 3);
+    p.previous_stride = random.one_in(4) ? 0 : p.n_classes + random.integer(0, 3);
+    const auto rows = [&](int64_t stride) { return p.n_patterns ? (p.n_patterns - 1) * stride + p.n_classes : 0; };
+    const Block<Element> logits(rows(p.logits_stride)), previous(rows(p.previous_stride));
+    const Block<Element> ranked(p.n_patterns * p.n_classes), grad_logits(ranked.size());
+    const Block<int16_t> order(ranked.size());
+    const Block<Real> loss(p.n_patterns * p.n_heads), grad_loss(1);
+    const bool hostile = random.one_in(3);
+    const auto logit = [&] {
+        const double value = hostile ? random.number(-20, 20) : std::round(random.real(-40, 40)) / 2;
+        return static_cast<Element>(static_cast<Real>(std::fabs(value) > 1e38 ? std::copysign(kInf, value) : value));
+    };
+    for (int64_t i = 0; i < logits.size(); ++i) logits[i] = logit();
+    for (int64_t i = 0; i < previous.size(); ++i) previous[i] = logit();
+    p.logits = logits.get(), p.ranked = ranked.get(), p.order = order.get(), p.loss = loss.get();
+    const bool first_batch = random.one_in(6);
+    p.previous_ranked = first_batch ? nullptr : previous.get();
+    dsr_loss_forward_cpu(p, 1);
+    for (int64_t i = 0; i < loss.size() && !hostile; ++i)
+        expect(loss[i] > Real(-1e-3) && std::isfinite(loss[i]) && (!first_batch || loss[i] == 0),
+               "a divergence is finite and not negative, and 0 from itself");
+
+    grad_loss[0] = 1;  // of a sum: both strides 0
+    p.grad_loss = grad_loss.get(), p.grad_logits = grad_logits.get();
+    if (first_batch) p.previous_ranked = p.ranked, p.previous_stride = p.n_classes;
+    dsr_loss_backward_cpu(p, 1);
+    for (int64_t pattern = 0; pattern < p.n_patterns; ++pattern)
+        for (int head = 0; head < p.n_heads; ++head) {
+            const int64_t begin = pattern * p.n_classes + p.class_offset[head];
+            const int64_t end = pattern * p.n_classes + p.class_offset[head + 1];
+            std::vector<bool> seen(end - begin);
+            double sum = 0.0;
+            for (int64_t i = begin; i < end; ++i) {
+                sum += static_cast<Real>(grad_logits[i]);
+                const bool first = i == begin;
+                const Real here = static_cast<Real>(ranked[i]), before = first ? here : static_cast<Real>(ranked[i - 1]);
+                expect(here >= before || std::isnan(here), "ranks rise and NaN is last");
+                expect(first || here != before || order[i] > order[i - 1], "the ranking is stable");
+                expect(order[i] >= 0 && order[i] < end - begin && !seen[order[i]], "the order is a permutation");
+                seen[order[i]] = true;
+            }
+            expect(hostile || std::fabs(sum) < 0.1, "the gradient of a head sums to 0");
+        }
+    if (p.n_patterns == 0) return;
+    order[random.integer(0, order.size() - 1)] = static_cast<int16_t>(random.integer(INT16_MIN, INT16_MAX));
+    dsr_loss_backward_cpu(p, 1);  // writes nothing outside
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -439,6 +499,9 @@ int main(int argc, char** argv) {
         drive_patches<double>(random);
         drive_peak_conv<float>(random);
         drive_peak_conv<double>(random);
+        drive_dsr_loss<float>(random);
+        drive_dsr_loss<double>(random);
+        drive_dsr_loss<BFloat16>(random);
     }
     std::printf("%d passed, %d failed\n", n_passed, n_failed);
     return n_failed != 0;
