@@ -42,8 +42,8 @@ constexpr int kNoiseBlock = 64, kNoiseLanes = 16;
 // Uniform in (0, 1).
 XRD_PORTABLE double unit(uint32_t word) { return (word + 0.5) * (1.0 / 4294967296.0); }
 
-// Standard normal quantile of (word + 1/2) / 2^32, error 1e-6: Giles, "Approximating the erfinv function", GPU Computing
-// Gems Jade (2011), single precision. From the distance to the nearer end, so that both tails are as good.
+// Standard normal quantile of (word + 1/2) / 2^32, error 1e-6: Giles, "Approximating the erfinv function", GPU
+// Computing Gems Jade (2011), single precision. From the distance to the nearer end, so that both tails are as good.
 XRD_PORTABLE float normal_quantile(uint32_t word) {
     const bool low = word < 0x80000000u;
     const uint32_t tail = low ? word : ~word;

@@ -27,7 +27,8 @@ struct Reciprocal {
     double aa, bb, cc, bc, ac, ab;
 
     __device__ __forceinline__ double dot(double h, double k, double l, double x, double y, double z) const {
-        return h * x * aa + k * y * bb + l * z * cc + (k * z + l * y) * bc + (h * z + l * x) * ac + (h * y + k * x) * ab;
+        return h * x * aa + k * y * bb + l * z * cc + (k * z + l * y) * bc + (h * z + l * x) * ac +
+               (h * y + k * x) * ab;
     }
 };
 
@@ -140,7 +141,7 @@ __device__ __forceinline__ void count(const RenderPatternsParams& p, int64_t pat
 }
 
 // Points of `signal` below the noise become 0. The noise of a block takes the place of the roughness of its first
-// point, which nobody else reads.
+// point, which only the block's own warp has read.
 __device__ __forceinline__ void clip(float* signal, int n, float k, float* rough) {
     for (int i = 1 + static_cast<int>(threadIdx.x); i < n - 1; i += kThreads) rough[i] = roughness(signal, i);
     __syncthreads();
@@ -153,8 +154,10 @@ __device__ __forceinline__ void clip(float* signal, int n, float k, float* rough
     }
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < n; i += kThreads) {
-        const NoisePosition at = noise_position(n_blocks, i);
-        const float noise = noise_between(rough[at.block * kSignificanceBlock], rough[at.next * kSignificanceBlock], at.share);
+        const int middle = i >= kSignificanceBlock / 2 ? (i - kSignificanceBlock / 2) / kSignificanceBlock : -1;
+        const int block = min(middle, n_blocks - 1), low = max(block, 0), high = min(block + 1, n_blocks - 1);
+        const float noise = noise_between(rough[low * kSignificanceBlock], rough[high * kSignificanceBlock],
+                                          noise_share(block, i));
         signal[i] = significant(signal[i], k * noise);
     }
     __syncthreads();
@@ -184,7 +187,7 @@ __device__ __forceinline__ void list_active(const float* intensity, int n_points
     if (threadIdx.x == 0) *count = n_active;
 }
 
-__global__ void __launch_bounds__(kThreads, 3) weigh_and_shape(RenderPatternsParams p, RenderPatternsScratch scratch) {
+__global__ void __launch_bounds__(kThreads, 2) weigh_and_shape(RenderPatternsParams p, RenderPatternsScratch scratch) {
     XRD_SHARED(double, image, 3 * kMaxRotations);
     XRD_SHARED(double, partial, kWarps);
     const int64_t pattern = blockIdx.x, begin = p.offset[pattern];
@@ -215,26 +218,26 @@ __global__ void __launch_bounds__(kThreads, 3) weigh_and_shape(RenderPatternsPar
     strongest = block_max<kThreads>(strongest, partial);
 
     Line* lines = scratch.line + 2 * begin + 2 * kMaxImpurities * pattern;
-    const int n_foreign = static_cast<int>(row.impurity_count);
+    const int n_foreign = strongest > 0.0 ? static_cast<int>(row.impurity_count) : 0;
+    const auto seed = static_cast<uint64_t>(p.seed), id = static_cast<uint64_t>(p.pattern_id[pattern]);
     for (int w = 0; w < 2; ++w) {
         const double wavelength = w ? row.second_wavelength : p.wavelength, ratio = w ? row.second_ratio : 1.0;
         for (int i = threadIdx.x; i < n; i += kThreads) {
             const Diffracted found = diffract(row, scratch.g2[begin + i], scratch.weight[begin + i], wavelength, ratio);
-            lines[w * n + i] = found.area > 0.0 && strongest > 0.0
-                                   ? make_line(row, shape, wavelength, found.sin2, found.two_theta, found.area / strongest)
-                                   : no_line();
+            Line line = no_line();
+            if (found.area > 0.0 && strongest > 0.0)
+                line = make_line(row, shape, wavelength, found.sin2, found.two_theta, found.area / strongest);
+            lines[w * n + i] = line;
         }
         for (int j = threadIdx.x; j < kMaxImpurities; j += kThreads) {
             Line line = no_line();
-            if (j < n_foreign && strongest > 0.0) {
-                const Impurity foreign =
-                    impurity(row, measured, p.two_theta_min, p.two_theta_step, j, static_cast<uint64_t>(p.seed),
-                             static_cast<uint64_t>(p.pattern_id[pattern]));
+            if (j < n_foreign && ratio > 0.0) {
+                const Impurity foreign = impurity(row, measured, p.two_theta_min, p.two_theta_step, j, seed, id);
                 const double stretch = wavelength / p.wavelength, sin2 = foreign.sin2 * stretch * stretch;
-                if (sin2 > 0.0 && sin2 < 1.0 && ratio > 0.0)
+                const double two_theta = 2.0 * kDegreesARadian * asin(sqrt(fmin(sin2, 1.0)));
+                if (sin2 > 0.0 && sin2 < 1.0)
                     line = make_line(row, shape, wavelength, sin2,
-                                     observed_two_theta(row, 2.0 * kDegreesARadian * asin(sqrt(sin2)), sqrt(1.0 - sin2)),
-                                     ratio * foreign.area);
+                                     observed_two_theta(row, two_theta, sqrt(1.0 - sin2)), ratio * foreign.area);
             }
             lines[2 * n + w * kMaxImpurities + j] = line;
         }
@@ -275,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, 3) measure(RenderPatternsParams p, R
         strongest = strongest_of(out + first, n_measured, partial);
     }
     for (int i = static_cast<int>(threadIdx.x); i < n_points; i += kThreads)
-        out[i] = lit && strongest > 0.0f ? out[i] / strongest * 100.0f : 0.0f;
+        out[i] = lit && strongest > 0.0f && isfinite(strongest) ? out[i] / strongest * 100.0f : 0.0f;
     __syncthreads();
     const int64_t n_patches = (p.n_points + kPatchPoints - 1) / kPatchPoints;
     list_active(out, n_points, p.active_patch + pattern * n_patches, p.active_count + pattern, partial_count);

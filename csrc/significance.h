@@ -12,9 +12,10 @@ constexpr float kDeviationsAMedian = 0.605261f;  // 1 / (0.6745 sqrt 6)
 // Blocks of n points; the last one takes what is left over.
 XRD_PORTABLE int64_t significance_blocks(int64_t n) { return n < 2 * kSignificanceBlock ? 1 : n / kSignificanceBlock; }
 
-// |second difference| at a point that has two neighbours.
+// |second difference| at a point that has two neighbours; 0 where that is not a number, so that it can be sorted.
 XRD_PORTABLE float roughness(const float* value, int64_t point) {
-    return fabsf((value[point - 1] - value[point]) + (value[point + 1] - value[point]));
+    const float rough = fabsf((value[point - 1] - value[point]) + (value[point + 1] - value[point]));
+    return rough >= 0.0f ? rough : 0.0f;
 }
 
 // Points whose roughness a block's noise is the median of: those of the block that have two neighbours.
@@ -27,18 +28,12 @@ XRD_PORTABLE PointRange block_points(int64_t n, int64_t block) {
     return {begin, end > begin ? end : begin};
 }
 
-// Where a point lies between the middles of two blocks.
-struct NoisePosition {
-    int32_t block, next;
-    float share;  // of the next
-};
-XRD_PORTABLE NoisePosition noise_position(int32_t n_blocks, int32_t point) {
-    const float last = static_cast<float>(n_blocks - 1);
-    float position = fmaf(static_cast<float>(point), 1.0f / kSignificanceBlock, 0.5f / kSignificanceBlock - 0.5f);
-    position = position > 0.0f ? position : 0.0f;
-    position = position < last ? position : last;
-    const int32_t block = static_cast<int32_t>(position);
-    return {block, block + 1 < n_blocks ? block + 1 : block, position - static_cast<float>(block)};
+// The first point beyond the middle of a block, and how far a point is from there to the middle of the next one, 0..1.
+XRD_PORTABLE int64_t noise_middle(int64_t block) { return block * kSignificanceBlock + kSignificanceBlock / 2; }
+XRD_PORTABLE float noise_share(int32_t block, int32_t point) {
+    constexpr float kBlocksAPoint = 1.0f / kSignificanceBlock;  // a power of two: nothing is rounded
+    const int32_t beyond = point - block * kSignificanceBlock;
+    return fmaf(static_cast<float>(beyond), kBlocksAPoint, 0.5f * kBlocksAPoint - 0.5f);
 }
 XRD_PORTABLE float noise_between(float noise, float next, float share) { return fmaf(share, next - noise, noise); }
 

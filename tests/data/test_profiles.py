@@ -9,7 +9,8 @@ import torch
 
 from xrdfast.data import profiles
 from xrdfast.data.profiles import ProfileConfig, draw_profiles, typical_profiles
-from xrdfast.ops.render_patterns import ProfileParameters, _check_profile
+from xrdfast.ops.line_profile import ProfileParameters
+from xrdfast.ops.render_patterns import _check_profile
 
 
 def generator(seed: int = 0) -> torch.Generator:

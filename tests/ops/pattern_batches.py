@@ -7,7 +7,7 @@ import math
 import torch
 
 from xrdfast.bragg import Grid
-from xrdfast.ops.render_patterns import ProfileParameters
+from xrdfast.ops.line_profile import ProfileParameters
 
 # Rotations of 4/m and of m-3m in reduced form: turns about c; all signed permutations are made below.
 TURN_4 = torch.tensor([[0, -1, 0], [1, 0, 0], [0, 0, 1]], dtype=torch.int8)

@@ -22,7 +22,8 @@ from tests.ops.pattern_batches import (
 from xrdfast import _native
 from xrdfast.bragg import Grid
 from xrdfast.ops import render_patterns as op
-from xrdfast.ops.render_patterns import ProfileParameters, RenderedPatterns, render_patterns
+from xrdfast.ops.line_profile import ProfileParameters, weigh_families
+from xrdfast.ops.render_patterns import RenderedPatterns, render_patterns
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COARSE = Grid(5.0, 90.0, 0.05)
@@ -287,7 +288,7 @@ def test_texture_is_the_mean_over_the_family(group: str, axis: tuple[int, int, i
     hkl = torch.tensor(list(itertools.product(range(-2, 3), repeat=3)), dtype=torch.int16)
     hkl = hkl[hkl.abs().sum(1) > 0]
     p = plain_profiles(1, march_r=0.6, march_h=axis[0], march_k=axis[1], march_l=axis[2])
-    _, weight = op._families(hkl, metric, rotations, ProfileParameters(*(x[0] for x in p)))
+    _, weight = weigh_families(hkl, metric, rotations, ProfileParameters(*(x[0] for x in p)))
     normal = torch.tensor(axis) / edge
     for h, got in zip(hkl.double(), weight.tolist(), strict=True):
         members = torch.unique((h @ rotations.double()).round(), dim=0) / edge

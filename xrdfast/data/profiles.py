@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from xrdfast.ops.render_patterns import ProfileParameters
+from xrdfast.ops.line_profile import ProfileParameters
 
 # Planes that plates and needles of common habits grow along.
 _MARCH_AXES = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1))

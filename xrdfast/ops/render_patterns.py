@@ -17,21 +17,25 @@ from torch import Tensor
 
 from xrdfast import _native
 from xrdfast.ops import LIBRARY, device_stream
-from xrdfast.ops.random import IMPURITY_STREAM, noise_words, philox, poisson, unit
+from xrdfast.ops.line_profile import (
+    ProfileParameters,
+    impurities,
+    make_lines,
+    measured_range,
+    sum_profiles,
+    weigh_families,
+)
+from xrdfast.ops.random import noise_words, poisson
 from xrdfast.ops.render import check_families, check_offsets, check_tensors
 
 if TYPE_CHECKING:
     from xrdfast.bragg import Grid
 
-CUTOFF = 1e-4  # of its height: a profile is evaluated out to here
-LINE_BLOCK = 16  # points: a profile's window is widened to whole blocks, one vector of the CPU kernel
 SIGNIFICANCE_BLOCK = 64  # points that share one estimate of the noise
-MAX_ASYMMETRY = 0.5
 MAX_IMPURITIES = 16
 MAX_COUNTS = 1e6  # single precision still tells neighbouring counts apart
 PATCH_POINTS = 10  # of the encoder's patches, and the intensity from which one is active
 ACTIVE_INTENSITY = 1e-5
-SCHERRER_K = 0.9
 MAX_ROTATIONS = 192  # of a pattern
 LINE_WORDS = 11  # of four bytes, a line in csrc/line_profile.h
 _SMALLEST, _LARGEST = sys.float_info.min, sys.float_info.max  # "> 0" and "finite" as bounds
@@ -42,69 +46,6 @@ LIBRARY.define(
     "float clip_sigma, float wavelength, float two_theta_min, float two_theta_step, int n_points) "
     "-> (Tensor, Tensor, Tensor)"
 )
-
-
-class ProfileParameters(NamedTuple):
-    """How each of n patterns is measured; every field is (n_patterns,) float64. Order and names as in csrc.
-
-    Attributes:
-        caglioti_u, caglioti_v, caglioti_w: degrees^2, FWHM^2 = u tan^2 theta + v tan theta + w, > 0 on the grid.
-        crystallite_size: Angstrom, > 0; infinity broadens nothing. FWHM = 0.9 wavelength / (size cos theta).
-        microstrain: >= 0; FWHM = 4 microstrain tan theta. The three widths add in squares, to a step at least.
-        eta: Lorentzian share of the pseudo-Voigt's area, 0..1.
-        asymmetry: a = asymmetry cot 2theta, at most 0.5 either way, splits FWHM into halves of (1 + a) on the
-            low-angle side and (1 - a) on the other.
-        second_wavelength: Angstrom, > 0, K-alpha2.
-        second_ratio: its intensity over K-alpha1's, >= 0; 0 for monochromatic.
-        zero_shift: degrees, observed = true + shift.
-        sample_displacement: mm; moves a line by -2 s cos theta / R.
-        goniometer_radius: mm, > 0, R.
-        march_r: March-Dollase parameter, > 0; 1 for no preferred orientation, < 1 for plates.
-        march_h, march_k, march_l: normal of the textured planes, Miller indices, not all 0.
-        polarisation: P in (1 + P cos^2 2theta) / (sin^2 theta cos theta), 0..1: 1 without monochromator,
-            cos^2 of its 2theta with one, 0 at a synchrotron.
-        counts: expected at the highest point of the peaks, 0..1e6; 0 leaves noise and clipping out.
-        background_0 .. background_3: Chebyshev coefficients over the grid, relative to the highest point.
-        hump_height, hump_center, hump_fwhm: an amorphous halo, Gaussian: relative, degrees, degrees > 0. Where the
-            sum of background and hump is negative it counts as 0.
-        two_theta_first, two_theta_last: degrees, what was measured; the rest of the grid is 0.
-        impurity_count: foreign lines, 0..16, fractions cut off.
-        impurity_strength: area of the strongest possible foreign line over that of the strongest own one, >= 0.
-    """
-
-    caglioti_u: Tensor
-    caglioti_v: Tensor
-    caglioti_w: Tensor
-    crystallite_size: Tensor
-    microstrain: Tensor
-    eta: Tensor
-    asymmetry: Tensor
-    second_wavelength: Tensor
-    second_ratio: Tensor
-    zero_shift: Tensor
-    sample_displacement: Tensor
-    goniometer_radius: Tensor
-    march_r: Tensor
-    march_h: Tensor
-    march_k: Tensor
-    march_l: Tensor
-    polarisation: Tensor
-    counts: Tensor
-    background_0: Tensor
-    background_1: Tensor
-    background_2: Tensor
-    background_3: Tensor
-    hump_height: Tensor
-    hump_center: Tensor
-    hump_fwhm: Tensor
-    two_theta_first: Tensor
-    two_theta_last: Tensor
-    impurity_count: Tensor
-    impurity_strength: Tensor
-
-    def table(self) -> Tensor:
-        """(n_patterns, n_fields) float64, what the kernels read."""
-        return torch.stack([x.double() for x in self], dim=1)
 
 
 class RenderedPatterns(NamedTuple):
@@ -196,15 +137,6 @@ def render_patterns(
 # --- reference ------------------------------------------------------------------------------------------------------
 
 
-class _Lines(NamedTuple):
-    """Lines of one pattern; angles observed, in degrees."""
-
-    center: Tensor  # points
-    fwhm: Tensor  # points
-    split: Tensor  # (1 + split) / 2 of it on the low-angle side
-    area: Tensor
-
-
 def render_patterns_reference(
     offset: Tensor,
     hkl: Tensor,
@@ -231,20 +163,20 @@ def render_patterns_reference(
     for i in range(n_patterns):
         p = ProfileParameters(*profile[i].double().cpu().unbind())
         rows = slice(bounds[i], bounds[i + 1])
-        g2, weight = _families(
+        g2, weight = weigh_families(
             hkl[rows].cpu(), reciprocal_metric[i].cpu(), rotations[turns[i] : turns[i + 1]].cpu(), p
         )
         weight = weight * multiplicity[rows].cpu().double() * f_squared[rows].cpu().double()
         weight = weight * torch.exp(-0.5 * b_overall[i].cpu() * g2)
-        lines = _lines(g2, weight, p, wavelength, two_theta_min, two_theta_step)
-        first, last = _measured(p, *grid)
+        lines = make_lines(g2, weight, p, wavelength, two_theta_min, two_theta_step)
+        first, last = measured_range(p, *grid)
         own = lines[0].area[(lines[0].center >= first) & (lines[0].center < last)]
         if len(own) == 0:
             continue
-        foreign = _impurities(own.max(), p, wavelength, grid, ids[i], seed)
+        foreign = impurities(own.max(), p, wavelength, grid, ids[i], seed)
         peaks = torch.zeros(n_points, dtype=torch.float64)
         for family in (*lines, *foreign):
-            peaks += _profiles(family, p.eta, n_points)
+            peaks += sum_profiles(family, p.eta, n_points)
         peaks[:first] = peaks[last:] = 0.0
         if not 0.0 < peaks.max() < math.inf:
             continue
@@ -262,128 +194,6 @@ def active_patches(intensity: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.arange(n_patches, device=intensity.device).expand(n_patterns, -1)
     patch = torch.where(active, index, n_patches).sort(dim=1).values
     return active.sum(1, dtype=torch.int32), torch.where(patch < n_patches, patch, -1).to(torch.int16)
-
-
-def _families(hkl: Tensor, metric: Tensor, rotations: Tensor, p: ProfileParameters) -> tuple[Tensor, Tensor]:
-    """1/d^2 and the March-Dollase weight of families.
-
-    The mean over a family's members h W of a function of their angle with the axis is the mean over the axis' images
-    of a function of their angle with h, as rotations keep the metric.
-    """
-    aa, bb, cc, bc, ac, ab = metric.double().unbind()
-    dot = torch.stack([aa, ab, ac, ab, bb, bc, ac, bc, cc]).view(3, 3)
-    h = hkl.double()
-    g2 = ((h @ dot) * h).sum(1)
-    if p.march_r == 1.0:
-        return g2, torch.ones_like(g2)
-    axis = torch.stack([p.march_h, p.march_k, p.march_l])
-    images = axis @ rotations.double() if len(rotations) else axis[None]  # (n_rotations, 3)
-    length2 = ((images @ dot) * images).sum(1)
-    cos2 = (h @ dot @ images.T).square() / (g2[:, None] * length2)
-    cos2 = cos2.clamp(max=1.0)
-    return g2, (p.march_r**2 * cos2 + (1.0 - cos2) / p.march_r).pow(-1.5).mean(1)
-
-
-def _lines(
-    g2: Tensor, weight: Tensor, p: ProfileParameters, wavelength: float, minimum: float, step: float
-) -> tuple[_Lines, _Lines]:
-    """Lines of the two wavelengths; what does not diffract or is too faint to be a number is left out."""
-    made = []
-    for length, ratio in ((wavelength, 1.0), (float(p.second_wavelength), float(p.second_ratio))):
-        sin2 = 0.25 * length**2 * g2
-        cos_two_theta = 1.0 - 2.0 * sin2
-        lp = (1.0 + p.polarisation * cos_two_theta.square()) / (sin2 * torch.sqrt(1.0 - sin2))
-        area = ratio * weight * lp
-        keep = (sin2 > 0.0) & (sin2 < 1.0) & (area > 0.0) & (area < math.inf)
-        made.append(_shaped(sin2[keep], area[keep], p, length, minimum, step))
-    return made[0], made[1]
-
-
-def _shaped(
-    sin2: Tensor, area: Tensor, p: ProfileParameters, wavelength: float, minimum: float, step: float
-) -> _Lines:
-    sine, cosine = torch.sqrt(sin2), torch.sqrt(1.0 - sin2)
-    tangent = sine / cosine
-    size = math.degrees(SCHERRER_K * wavelength) / (p.crystallite_size * cosine)
-    strain = math.degrees(4.0) * p.microstrain * tangent
-    caglioti = p.caglioti_u * tangent.square() + p.caglioti_v * tangent + p.caglioti_w
-    fwhm = torch.sqrt(caglioti + size.square() + strain.square())
-    split = p.asymmetry * (1.0 - 2.0 * sin2) / (2.0 * sine * cosine)
-    angle = 2.0 * torch.rad2deg(torch.asin(sine)) + p.zero_shift
-    angle = angle - math.degrees(2.0) * p.sample_displacement * cosine / p.goniometer_radius
-    split = split.clamp(-MAX_ASYMMETRY, MAX_ASYMMETRY)
-    lines = ((angle - minimum) / step, (fwhm / step).clamp(min=1.0), split, area)
-    keep = (fwhm > 0.0) & (fwhm < 1e6)  # beyond the grid nothing vouches for Caglioti's formula
-    return _Lines(*(x[keep] for x in lines))
-
-
-def _measured(p: ProfileParameters, minimum: float, step: float, n_points: int) -> tuple[int, int]:
-    """First and past-the-last point that were measured; an angle a hair off a point means that point."""
-    first, last = (
-        math.ceil((float(x) - minimum) / step - 1e-6) for x in (p.two_theta_first, p.two_theta_last)
-    )
-    return min(max(first, 0), n_points), min(max(last, 0), n_points)
-
-
-def _impurities(
-    strongest: Tensor,
-    p: ProfileParameters,
-    wavelength: float,
-    grid: tuple[float, float, int],
-    pattern_id: int,
-    seed: int,
-) -> tuple[_Lines, _Lines]:
-    """Foreign lines at random angles of what was measured, with the K-alpha2 partners of their spacings."""
-    minimum, step, _ = grid
-    first, last = _measured(p, *grid)
-    words = philox(torch.arange(int(p.impurity_count)), IMPURITY_STREAM, pattern_id, seed)
-    angle = minimum + step * (first + (last - first) * unit(words[0]))
-    area = strongest * p.impurity_strength * unit(words[1])
-    sin2 = torch.sin(torch.deg2rad(0.5 * angle)).square()
-    sin2_second = sin2 * (p.second_wavelength / wavelength) ** 2
-    second = (sin2_second < 1.0) & (p.second_ratio > 0.0)
-    return (
-        _shaped(sin2, area, p, wavelength, minimum, step),
-        _shaped(
-            sin2_second[second], p.second_ratio * area[second], p, float(p.second_wavelength), minimum, step
-        ),
-    )
-
-
-def _profiles(lines: _Lines, eta: Tensor, n_points: int) -> Tensor:
-    """Sum of split pseudo-Voigts on the grid."""
-    lorentzian, gaussian = eta * 2.0 / math.pi, (1.0 - eta) * 2.0 * math.sqrt(math.log(2.0) / math.pi)
-    reach = cutoff(float(lorentzian / (lorentzian + gaussian)))
-    low, high = 0.5 * lines.fwhm * (1.0 + lines.split), 0.5 * lines.fwhm * (1.0 - lines.split)
-    begin = torch.ceil(lines.center - reach * low).clamp(0, n_points) // LINE_BLOCK
-    end = torch.floor(lines.center + reach * high).clamp(-1, n_points - 1) // LINE_BLOCK
-    point = torch.arange(n_points, dtype=torch.float64)
-    block = point // LINE_BLOCK
-    total = torch.zeros(n_points, dtype=torch.float64)
-    pieces = zip(
-        *(x.split(64) for x in (lines.center, lines.fwhm, low, high, lines.area, begin, end)), strict=True
-    )
-    for center, fwhm, left, right, area, first, last in pieces:
-        distance = point - center[:, None]
-        u2 = (distance / torch.where(distance <= 0.0, left[:, None], right[:, None])).square()
-        height = lorentzian / (1.0 + u2) + gaussian * torch.exp2(-u2)
-        inside = (block >= first[:, None]) & (block <= last[:, None])
-        total += torch.where(inside, (area / fwhm)[:, None] * height, 0.0).sum(0)
-    return total
-
-
-def cutoff(lorentzian: float) -> float:
-    """Half widths from the middle at which a pseudo-Voigt falls to `CUTOFF` of its height.
-
-    Args:
-        lorentzian: share of its Lorentzian part in the height.
-    """
-    low, high = 1.0, 1.0 / math.sqrt(CUTOFF)
-    for _ in range(60):
-        u = 0.5 * (low + high)
-        above = lorentzian / (1.0 + u * u) + (1.0 - lorentzian) * math.exp2(-u * u) > CUTOFF
-        low, high = (u, high) if above else (low, u)
-    return high
 
 
 def noise_level(signal: Tensor) -> Tensor:
@@ -531,6 +341,8 @@ _BOUNDS = {
     "polarisation": (0.0, 1.0),
     "counts": (0.0, MAX_COUNTS),
     "hump_fwhm": (_SMALLEST, _LARGEST),
+    "two_theta_first": (-360.0, 360.0),
+    "two_theta_last": (-360.0, 360.0),
     "impurity_count": (0.0, float(MAX_IMPURITIES)),
     "impurity_strength": (0.0, _LARGEST),
 }
