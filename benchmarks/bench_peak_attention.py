@@ -24,7 +24,9 @@ from xrdfast.models.encoder import BLANK_PATCH, PATCH_POINTS, GlobalBranch
 _BATCH = 64
 
 
-@pytest.fixture(scope="module", params=[("inorganic", "inorganic_mp"), ("MOF", "coremof")], ids=lambda p: p[0])
+@pytest.fixture(
+    scope="module", params=[("inorganic", "inorganic_mp"), ("MOF", "coremof")], ids=lambda p: p[0]
+)
 def patterns(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Tensor]:
     """64 real structures as sticks."""
     name, file = request.param

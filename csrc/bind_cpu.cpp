@@ -9,6 +9,7 @@
 #include "peak_attention.h"
 #include "peak_conv.h"
 #include "render.h"
+#include "render_patterns.h"
 #include "simulate.h"
 
 namespace py = pybind11;
@@ -250,4 +251,21 @@ PYBIND11_MODULE(_cpu, m) {
     define_dsr_loss_cpu<float>(m, "float32");
     define_dsr_loss_cpu<double>(m, "float64");
     define_dsr_loss_cpu<BFloat16>(m, "bfloat16");
+    m.def(
+        "render_patterns",
+        [](uintptr_t offset, uintptr_t hkl, uintptr_t multiplicity, uintptr_t f_squared, uintptr_t reciprocal_metric,
+           uintptr_t b_overall, uintptr_t rotation_offset, uintptr_t rotations, uintptr_t profile,
+           uintptr_t pattern_id, uintptr_t intensity, uintptr_t active_count, uintptr_t active_patch,
+           int64_t hkl_stride, int64_t multiplicity_stride, int64_t n_patterns, int64_t n_points, int64_t seed,
+           double clip_sigma, double wavelength, double two_theta_min, double two_theta_step, int n_threads) {
+            render_patterns_cpu({at<const int64_t>(offset), at<const int16_t>(hkl), at<const int16_t>(multiplicity),
+                                 at<const float>(f_squared), at<const double>(reciprocal_metric),
+                                 at<const double>(b_overall), at<const int64_t>(rotation_offset),
+                                 at<const int8_t>(rotations), at<const ProfileRow>(profile),
+                                 at<const int64_t>(pattern_id), at<float>(intensity), at<int32_t>(active_count),
+                                 at<int16_t>(active_patch), hkl_stride, multiplicity_stride, n_patterns, n_points, seed,
+                                 clip_sigma, wavelength, two_theta_min, two_theta_step},
+                                n_threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
 }

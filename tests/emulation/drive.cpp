@@ -16,6 +16,7 @@
 #include "peak_attention.h"
 #include "peak_conv.h"
 #include "render.h"
+#include "render_patterns.h"
 #include "simulate.h"
 
 using namespace xrdfast;
@@ -439,6 +440,68 @@ void check_dsr_loss(int64_t n_patterns, double tolerance) {
         }
 }
 
+// One family a pattern, so that the sum is one profile; every second pattern with noise, of which only rules are checked.
+void check_patterns() {
+    constexpr int64_t kPatterns = 4, kPoints = 333, kPatches = 34;
+    const double step = 0.1, begin = 20.0, wavelength = 1.54056;
+    const std::vector<int64_t> offset{0, 1, 2, 3, 3}, turns{0, 2, 2, 4, 4}, id{5, 6, 7, 8};
+    const std::vector<int16_t> hkl{1, 0, 0, 1, 1, 0, 2, 0, 0}, multiplicity{2, 4, 6};
+    const std::vector<int8_t> rotations{1, 0, 0, 0, 1, 0, 0, 0, 1, -1, 0, 0, 0, -1, 0, 0, 0, 1,
+                                        1, 0, 0, 0, 1, 0, 0, 0, 1, 0,  1, 0, 1, 0,  0, 0, 0, 1};
+    const std::vector<float> f_squared{3.0f, 2.0f, 1.0f};
+    const std::vector<double> b_overall(kPatterns, 0.5);
+    std::vector<double> metric, g2{0.08, 0.16, 0.32};
+    for (int64_t i = 0; i < kPatterns; ++i) metric.insert(metric.end(), {0.08, 0.08, 0.1, 0.0, 0.0, 0.0});
+    ProfileRow row{};
+    row.caglioti_w = 0.04, row.crystallite_size = 800.0, row.eta = 0.6, row.asymmetry = 0.1;
+    row.second_wavelength = 1.54439, row.goniometer_radius = 200.0, row.zero_shift = 0.03, row.march_r = 0.7;
+    row.march_axis[0] = 1.0, row.polarisation = 1.0, row.background[0] = 0.1, row.hump_fwhm = 5.0;
+    row.hump_height = 0.1, row.hump_center = 30.0, row.two_theta_first = 21.0, row.two_theta_last = 180.0;
+    std::vector<ProfileRow> profile(kPatterns, row);
+    profile[1].counts = 500.0, profile[1].second_ratio = 0.5, profile[1].impurity_count = 2.0;
+    profile[1].impurity_strength = 0.2, profile[1].two_theta_last = 50.0;
+    std::vector<float> out(kPatterns * kPoints, -1.0f), peaks(kPatterns * kPoints);
+    std::vector<int32_t> active(kPatterns, -5);
+    std::vector<int16_t> patch(kPatterns * kPatches, -5);
+    std::vector<double> g2_scratch(3), weight(3);
+    std::vector<Line> line(2 * 3 + 2 * kMaxImpurities * kPatterns);
+    const RenderPatternsParams p{offset.data(), hkl.data(), multiplicity.data(), f_squared.data(), metric.data(),
+                                 b_overall.data(), turns.data(), rotations.data(), profile.data(), id.data(),
+                                 out.data(), active.data(), patch.data(), 3, 1, kPatterns, kPoints, 11, 3.0, wavelength,
+                                 begin, step};
+    const RenderPatternsScratch scratch{g2_scratch.data(), weight.data(), line.data(), peaks.data()};
+    expect(render_patterns_cuda(p, scratch, nullptr) == 0, "render_patterns", 1, 0);
+    for (int64_t i = 0; i < kPatterns; ++i) {
+        const float* own = out.data() + i * kPoints;
+        const float strongest = *std::max_element(own, own + kPoints);
+        expect(strongest == (i < 3 ? 100.0f : 0.0f), "strongest point", strongest, 100.0);
+        for (int64_t k = 0; k < 10; ++k) expect(own[k] == 0.0f, "point that was not measured", own[k], 0.0);
+        int32_t n_active = 0;
+        for (int64_t j = 0; j < kPatches; ++j) {
+            const int64_t last = std::min((j + 1) * kPatchPoints, kPoints);
+            if (*std::max_element(own + j * kPatchPoints, own + last) < kActiveIntensity) continue;
+            expect(patch[i * kPatches + n_active] == j, "active patch", patch[i * kPatches + n_active], 1.0 * j);
+            ++n_active;
+        }
+        expect(active[i] == n_active, "active patches", active[i], n_active);
+        for (int64_t j = n_active; j < kPatches; ++j) expect(patch[i * kPatches + j] == -1, "patch", 0, -1);
+        if (i % 2) continue;
+        const double theta = std::asin(0.5 * wavelength * std::sqrt(g2[i])), angle = 360.0 / kPi * theta + 0.03;
+        const double size = 180.0 / kPi * 0.9 * wavelength / (800.0 * std::cos(theta));
+        const double half = 0.5 * std::sqrt(0.04 + size * size), split = 0.1 / std::tan(2.0 * theta);
+        std::vector<double> want(kPoints);
+        for (int64_t k = 10; k < kPoints; ++k) {
+            const double distance = begin + step * static_cast<double>(k) - angle;
+            const double u = distance / (half * (distance <= 0 ? 1.0 + split : 1.0 - split));
+            want[k] = 0.6 * 2.0 / kPi / (1.0 + u * u) + 0.4 * 0.93943727869965133 * std::exp2(-u * u);
+        }
+        const double most = *std::max_element(want.begin(), want.end());
+        for (int64_t k = 10; k < kPoints; ++k)
+            if (own[k] > 0.0f || want[k] > 2e-4 * most)
+                expect(std::fabs(own[k] - want[k] / most * 100.0) <= 2e-3, "profile", own[k], want[k] / most * 100.0);
+    }
+}
+
 }  // namespace
 
 int main(int count, char** values) {
@@ -464,5 +527,6 @@ int main(int count, char** values) {
     check_dsr_loss<float>(all.n, 1e-6);
     check_dsr_loss<double>(all.n, 1e-14);
     check_dsr_loss<BFloat16>(all.n, 2e-3);
+    check_patterns();
     return n_wrong ? 1 : 0;
 }

@@ -123,7 +123,9 @@ def test_parameters_and_flops():
     counted = {  # torch doesn't count our operators
         torch.ops.xrdfast.encode_patches: patch_flops,
         torch.ops.xrdfast.peak_conv: lambda x, weight, *_, **__: 2 * x[0] * math.prod(weight),
-        torch.ops.aten.mm: lambda *_, **__: 0,  # those inside peak_conv; it leaves out the widening of the residuals
+        torch.ops.aten.mm: lambda *_, **__: (
+            0
+        ),  # those inside peak_conv; it leaves out the widening of the residuals
     }
     dense, sparse = torch.rand(2, 8500), torch.zeros(8, 8500)
     sparse[:, ::120] = 1.0

@@ -15,6 +15,7 @@
 #include "peak_attention.h"
 #include "peak_conv.h"
 #include "render.h"
+#include "render_patterns.h"
 #include "simulate.h"
 
 using namespace xrdfast;
@@ -484,6 +485,76 @@ void drive_dsr_loss(Random& random) {
     dsr_loss_backward_cpu(p, 1);  // writes nothing outside
 }
 
+ProfileRow random_profile(Random& random) {
+    ProfileRow row{};
+    row.caglioti_w = random.one_in(10) ? 1e-300 : random.real(1e-4, 0.1);
+    row.crystallite_size = random.one_in(4) ? kInf : random.real(1, 1000);
+    row.microstrain = random.one_in(10) ? 1e200 : random.real(0, 0.01);
+    row.eta = random.one_in(4) ? static_cast<double>(random.integer(0, 1)) : random.real(0, 1);
+    row.asymmetry = random.one_in(10) ? 1e300 : random.real(-0.2, 0.2);
+    row.second_wavelength = random.one_in(10) ? 1e9 : 1.544;
+    row.second_ratio = random.one_in(3) ? 0.0 : random.real(0, 1);
+    row.zero_shift = random.real(-10, 10);
+    row.sample_displacement = random.one_in(10) ? 1e300 : random.real(-1, 1);
+    row.goniometer_radius = random.one_in(10) ? 1e-300 : 200.0;
+    row.march_r = random.one_in(3) ? 1.0 : random.one_in(10) ? 1e-200 : random.real(0.3, 2);
+    for (double& x : row.march_axis) x = static_cast<double>(random.integer(-2, 2));
+    row.march_axis[1] = 1.0;
+    row.polarisation = random.real(0, 1);
+    row.counts = random.one_in(4) ? 0.0 : std::pow(10.0, random.real(-3, 6));
+    for (double& x : row.background) x = random.one_in(20) ? 1e200 : random.real(-0.1, 0.3);
+    row.hump_height = random.real(0, 0.2);
+    row.hump_center = random.real(0, 180);
+    row.hump_fwhm = random.one_in(20) ? 1e-300 : random.real(1, 20);
+    row.two_theta_first = random.one_in(4) ? -1e300 : random.real(0, 60);
+    row.two_theta_last = random.one_in(4) ? 1e300 : random.real(30, 180);
+    row.impurity_count = random.real(0, kMaxImpurities);
+    row.impurity_strength = random.real(0, 0.1);
+    return row;
+}
+
+void drive_patterns(Random& random) {
+    const int64_t n_patterns = random.integer(0, 4), n_points = random.integer(1, 400);
+    const Block<int64_t> offset = random_offsets(random, n_patterns, 60), turns = random_offsets(random, n_patterns, 48);
+    const int64_t n = offset[n_patterns], n_patches = (n_points + kPatchPoints - 1) / kPatchPoints;
+    const Block<int16_t> hkl(3 * n), multiplicity(n), patch(n_patterns * n_patches);
+    const Block<float> f_squared(n), intensity(n_patterns * n_points);
+    const Block<double> metric(6 * n_patterns), b_overall(n_patterns);
+    const Block<int8_t> rotations(9 * turns[n_patterns]);
+    const Block<ProfileRow> profile(n_patterns);
+    const Block<int64_t> id(n_patterns);
+    const Block<int32_t> active(n_patterns);
+    for (int64_t i = 0; i < hkl.size(); ++i) hkl[i] = static_cast<int16_t>(random.integer(-6, 6));
+    for (int64_t i = 0; i < n; ++i) multiplicity[i] = static_cast<int16_t>(random.integer(-1, 48));
+    for (int64_t i = 0; i < n; ++i) f_squared[i] = static_cast<float>(random.number(0, 1000));
+    for (int64_t i = 0; i < metric.size(); ++i) metric[i] = random.number(i % 6 < 3 ? 0.01 : -0.01, 0.05);
+    for (int64_t i = 0; i < rotations.size(); ++i) rotations[i] = static_cast<int8_t>(random.integer(-1, 1));
+    for (int64_t i = 0; i < n_patterns; ++i) {
+        b_overall[i] = random.number(0, 2);
+        profile[i] = random_profile(random);
+        id[i] = random.integer(INT64_MIN, INT64_MAX);
+    }
+    render_patterns_cpu({offset.get(), hkl.get(), multiplicity.get(), f_squared.get(), metric.get(), b_overall.get(),
+                         turns.get(), rotations.get(), profile.get(), id.get(), intensity.get(), active.get(),
+                         patch.get(), 3, 1, n_patterns, n_points, random.integer(INT64_MIN, INT64_MAX),
+                         random.real(0, 4), 1.54, random.one_in(4) ? 0.0 : random.real(0, 60), random.real(0.001, 0.3)},
+                        1);
+    for (int64_t i = 0; i < intensity.size(); ++i)
+        expect(intensity[i] >= 0.0f && intensity[i] <= 100.0f, "measured points lie in [0, 100]");
+    for (int64_t i = 0; i < n_patterns; ++i) {
+        const float* own = intensity.get() + i * n_points;
+        const int16_t* listed = patch.get() + i * n_patches;
+        for (int64_t j = 0, next = 0; j < n_patches; ++j) {
+            const int64_t end = std::min((j + 1) * kPatchPoints, n_points);
+            const bool lit = *std::max_element(own + j * kPatchPoints, own + end) >= kActiveIntensity;
+            if (lit) expect(next < active[i] && listed[next] == j, "active patches are listed in order");
+            next += lit;
+            if (j + 1 == n_patches) expect(next == active[i], "no other patch is listed");
+        }
+        expect(active[i] == n_patches || listed[active[i]] == -1, "the list ends in -1");
+    }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -502,6 +573,7 @@ int main(int argc, char** argv) {
         drive_dsr_loss<float>(random);
         drive_dsr_loss<double>(random);
         drive_dsr_loss<BFloat16>(random);
+        drive_patterns(random);
     }
     std::printf("%d passed, %d failed\n", n_passed, n_failed);
     return n_failed != 0;

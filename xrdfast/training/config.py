@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from xrdfast.data.generate import AugmentConfig
+from xrdfast.data.profiles import PROFILES
 from xrdfast.errors import InputError
 from xrdfast.models import PRESETS
 from xrdfast.training.balance import METHODS
@@ -119,6 +120,7 @@ _RULES: dict[str, _Rule] = {
     # Stores hold lines 5 % beyond their range; strains of 3 sigma must stay within it.
     "augment.strain": ("in [0, 0.02]", lambda x: 0 <= x <= 0.02),
     "augment.b_max": _NOT_NEGATIVE,
+    "augment.profile": _one_of(("sticks", *PROFILES)),
     "train.epochs": _NOT_NEGATIVE,
     "train.max_minutes": _NOT_NEGATIVE,
     "train.batch_size": _POSITIVE,
