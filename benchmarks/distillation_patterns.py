@@ -1,6 +1,6 @@
 """What self-distillation does for the `small` preset on real structures: baseline, DRG, DSR, both; sum and MGDA.
 
-    python -m benchmarks.distillation_patterns inorganic_mp.store.safetensors amcsd.store.safetensors -o runs/distillation
+    python -m benchmarks.distillation_patterns inorganic_mp.store.safetensors amcsd.store.safetensors -o distillation
 
 Every run has as many epochs, seeds pair (same initial weights, batches and augmentation), fold 0 validates. Runs that
 are there already are not repeated, stopped ones go on. Not a test of speed, though seconds a step are told.

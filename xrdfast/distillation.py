@@ -112,12 +112,16 @@ class DSRLoss(nn.Module):
                 )
             offset = [0, *accumulate(widths)]
             n_common = min(len(joined), len(self.previous))
-            memory = self.previous[:n_common].to(joined.device)
-            # Rows without a partner are compared with themselves: their loss and gradient are exactly zero.
-            row_losses, ranked = dsr_loss(joined, memory, offset, self.temperature)
+            settings = {"temperature": self.temperature, "class_offset": offset}
             if n_common:
-                loss = self.weight * row_losses[:n_common].mean(dim=0)
-            self.previous = ranked
+                row_losses, ranked, _ = dsr_loss(
+                    joined[:n_common], self.previous[:n_common].to(joined), **settings
+                )
+                loss = self.weight * row_losses.mean(dim=0)
+            if n_common < len(joined):  # rows without a partner are only ranked
+                rest = dsr_loss(joined[n_common:].detach(), None, **settings)[1]
+                ranked = torch.cat([ranked, rest]) if n_common else rest
+            self.previous = ranked if len(joined) else joined.detach()
         return loss[0] if isinstance(logits, Tensor) else loss
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
