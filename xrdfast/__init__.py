@@ -18,6 +18,7 @@ _PUBLIC = {
     "simulate_lines": "xrdfast.ops.simulate",
     "simulate_families": "xrdfast.ops.simulate",
     "render_sticks": "xrdfast.ops.render",
+    "dsr_loss": "xrdfast.ops.dsr_loss",
     "build_model": "xrdfast.models.presets",
     "Trainer": "xrdfast.training.trainer",
     "joint_posterior": "xrdfast.posterior",
