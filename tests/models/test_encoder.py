@@ -142,3 +142,17 @@ def test_parameters_and_flops():
     assert 1.92 < want < 1.94
     # Widening is folded into a convolution where that is a gain, and positions far from every peak are left out.
     assert gflop["sparse"] < 0.9 * gflop["dense"] < 0.9 * want
+
+
+def test_the_middle_map_is_that_after_the_seventh_block():
+    """(n_patterns, 67, 256), by pattern and position: each pattern's own whatever the batch."""
+    branch = build_model("paper").double().eval().encoder.local_branch
+    seen = []
+    branch.middle.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    x = torch.zeros(3, 8500, dtype=torch.float64)
+    x[:, ::211] = torch.rand(3, 41, dtype=torch.float64)
+    with torch.no_grad():
+        for batch in (x, x[1:2]):
+            branch(batch)
+    assert seen[0].shape == (3, 67, 256)
+    torch.testing.assert_close(seen[0][1], seen[1][0], rtol=1e-9, atol=1e-12)

@@ -29,6 +29,9 @@ LOCAL_WIDTHS = (32, 32, 64, 128, 128, 256, 256, 512, 512, 1024, 1024, 1024, 1024
 N_MAX_POOLS = 4  # the first four pools take the maximum, the others the average
 PADDED_POOLS = frozenset({4, 6, 7})  # pools (counted from 0) with one padding zero at each end
 DROPOUT_POOLS = frozenset({9, 10, 11})  # pools followed by dropout
+MIDDLE_BLOCK = (
+    6  # the pool of this block gives the map (67 positions, 256 channels) of an auxiliary classifier
+)
 
 PATCH_POINTS = 10
 PATCH_CHANNELS = (1, 2, 4, 8, 16)
@@ -110,6 +113,7 @@ class LocalBranch(nn.Module):
             ResidualBlock(n_in, n_out, "max" if i < N_MAX_POOLS else "mean")
             for i, (n_in, n_out) in enumerate(zip(inputs, LOCAL_WIDTHS, strict=True))
         )
+        self.middle = nn.Identity()  # passes (n_patterns, 67, 256) on to hooks; nothing follows from it here
         self.dropout = nn.Dropout(dropout)
         self.project = nn.Linear(LOCAL_WIDTHS[-1], n_features)
         two_theta = TWO_THETA_MIN + TWO_THETA_STEP * torch.arange(N_POINTS, dtype=torch.float64)
@@ -122,6 +126,8 @@ class LocalBranch(nn.Module):
         x = self.input_rows(intensity, plan)
         for i, (block, stage) in enumerate(zip(self.blocks, plan.stages, strict=True)):
             x = block(x, stage)
+            if i == MIDDLE_BLOCK:  # dense by now: rows go through the patterns of a position
+                self.middle(x.unflatten(0, (-1, len(intensity))).transpose(0, 1))
             if i in DROPOUT_POOLS:
                 x = self.dropout(x)
         return self.project(x)

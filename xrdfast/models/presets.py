@@ -43,7 +43,7 @@ PRESETS: dict[str, ModelConfig] = {
             },
             summary="the published XRDecoupler, 30.25 M parameters, 1.93 GFLOP a pattern",
             stage="encoder.local_branch.middle",
-            stage_channels_last=False,
+            stage_channels_last=True,
         ),
         ModelConfig(
             name="small",
