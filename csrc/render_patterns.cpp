@@ -274,70 +274,11 @@ XRDFAST_WIDE void count(const float* __restrict peaks, float scale, const Backgr
     }
 }
 
-// Batcher's odd-even merge sort of a block: which two values to put in order, step by step (Knuth, The Art of Computer
-// Programming 3, 5.2.2, algorithm M).
-struct SortingNetwork {
-    static constexpr int kExchanges = 543;
-    uint8_t low[kExchanges], high[kExchanges];
-
-    constexpr SortingNetwork() : low(), high() {
-        constexpr int n = kSignificanceBlock;
-        int at = 0;
-        for (int p = 1; p < n; p *= 2)
-            for (int k = p; k > 0; k /= 2)
-                for (int j = k % p; j + k < n; j += 2 * k)
-                    for (int i = j; i < j + k && i + k < n; ++i) {
-                        if (i / (2 * p) != (i + k) / (2 * p)) continue;
-                        low[at] = static_cast<uint8_t>(i);
-                        high[at++] = static_cast<uint8_t>(i + k);
-                    }
-    }
-};
-constexpr SortingNetwork kNetwork;
-static_assert(kNetwork.high[SortingNetwork::kExchanges - 1] == kSignificanceBlock - 2, "the network is complete");
-
-// Noise of kNoiseLanes whole blocks at once, one a vector lane: a tenth of the time of std::nth_element.
-XRD_PORTABLE void block_noise(const float* __restrict rough, float* __restrict noise) {
-    float value[kSignificanceBlock][kNoiseLanes];
-    for (int lane = 0; lane < kNoiseLanes; ++lane)
-        for (int i = 0; i < kSignificanceBlock; ++i) value[i][lane] = rough[lane * kSignificanceBlock + i];
-    for (int exchange = 0; exchange < SortingNetwork::kExchanges; ++exchange) {
-        float *__restrict a = value[kNetwork.low[exchange]], *__restrict b = value[kNetwork.high[exchange]];
-#pragma omp simd
-        for (int lane = 0; lane < kNoiseLanes; ++lane) {
-            const float low = a[lane] < b[lane] ? a[lane] : b[lane];
-            b[lane] = a[lane] < b[lane] ? b[lane] : a[lane];
-            a[lane] = low;
-        }
-    }
-    for (int lane = 0; lane < kNoiseLanes; ++lane)
-        noise[lane] = kDeviationsAMedian * value[kSignificanceBlock / 2][lane];
-}
-
 // Points below k times the noise become 0. `rough` is (n), overwritten.
-XRDFAST_WIDE void clip(float* __restrict signal, int64_t n, float k, float* __restrict rough,
-                       std::vector<float>& noise) {
-    for (int64_t i = 1; i < n - 1; ++i) rough[i] = roughness(signal, i);
-    const int32_t n_blocks = static_cast<int32_t>(significance_blocks(n)), last = n_blocks - 1;
-    noise.resize(n_blocks);
-    for (int32_t b = 0; b < n_blocks;) {
-        if (b > 0 && b < last && last > kNoiseLanes) {  // whole blocks; the last few are done twice
-            b = std::min(b, last - kNoiseLanes);
-            block_noise(rough + b * kSignificanceBlock, noise.data() + b);
-            b += kNoiseLanes;
-            continue;
-        }
-        const PointRange points = block_points(n, b);
-        float *begin = rough + points.begin, *end = rough + points.end, *middle = begin + (end - begin) / 2;
-        std::nth_element(begin, middle, end);
-        noise[b++] = begin < end ? kDeviationsAMedian * *middle : 0.0f;
-    }
-    for (int32_t b = -1; b < n_blocks; ++b) {  // from the middle of block b to the next
-        const float low = noise[std::max(b, 0)], high = noise[std::min(b + 1, last)];
-        const int64_t begin = std::max<int64_t>(noise_middle(b), 0), end = b == last ? n : noise_middle(b + 1);
-        for (int32_t i = static_cast<int32_t>(begin); i < static_cast<int32_t>(std::min(end, n)); ++i)
-            signal[i] = significant(signal[i], k * noise_between(low, high, noise_share(b, i)));
-    }
+XRDFAST_WIDE void clip(float* signal, int64_t n, float k, float* rough, std::vector<float>& noise) {
+    noise.resize(significance_blocks(n));
+    estimate_noise(signal, n, rough, noise.data());
+    clip_insignificant(signal, n, k, noise.data());
 }
 
 int32_t list_active(const float* intensity, int64_t n_points, int16_t* patch) {

@@ -10,7 +10,7 @@
 
 #include "block_reduce.cuh"
 #include "render_patterns.h"
-#include "significance.h"
+#include "significance.cuh"
 
 namespace xrdfast {
 namespace {
@@ -20,7 +20,6 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kPointsALane = 4;
 constexpr int kTile = 32 * kPointsALane;
 static_assert(kTile % kLineBlock == 0 && 32 % kLineBlock == 0, "a tile is whole blocks of a line's window");
-constexpr int kRoughsALane = 2 * kSignificanceBlock / 32;  // the last block may be nearly twice as long
 static_assert(kMaxRotations <= kThreads, "one thread makes one image of the axis");
 
 struct Reciprocal {
@@ -103,23 +102,6 @@ __device__ __forceinline__ void sum_lines(const Line* lines, int n_lines, int ti
     }
 }
 
-// The value of a rank among the n of a warp's that it reads from memory, by bisection of its bits.
-__device__ __forceinline__ float ranked(const float* value, int n, int rank) {
-    uint32_t bits[kRoughsALane];
-    for (int q = 0; q < kRoughsALane; ++q) {
-        const int i = 32 * q + static_cast<int>(threadIdx.x & 31);
-        bits[q] = i < n ? bits_of(value[i]) : 0xffffffffu;
-    }
-    uint32_t found = 0;
-    for (uint32_t bit = 1u << 30; bit; bit >>= 1) {
-        const uint32_t trial = found | bit;
-        int below = 0;
-        for (int q = 0; q < kRoughsALane; ++q) below += __popc(__ballot_sync(kFullMask, bits[q] < trial));
-        found = below <= rank ? trial : found;
-    }
-    return float_of(found);
-}
-
 // Draws the counts of a pattern from its peaks, background off, into `signal`.
 __device__ __forceinline__ void count(const RenderPatternsParams& p, int64_t pattern, MeasuredRange measured,
                                       const float* peaks, float strongest, float* signal) {
@@ -140,26 +122,16 @@ __device__ __forceinline__ void count(const RenderPatternsParams& p, int64_t pat
     }
 }
 
-// Points of `signal` below the noise become 0. The noise of a block takes the place of the roughness of its first
-// point, which only the block's own warp has read.
-__device__ __forceinline__ void clip(float* signal, int n, float k, float* rough) {
-    for (int i = 1 + static_cast<int>(threadIdx.x); i < n - 1; i += kThreads) rough[i] = roughness(signal, i);
-    __syncthreads();
+// Points of `signal` below k times the noise become 0. `noise` has room for that of the blocks.
+__device__ __forceinline__ void clip(float* signal, int n, float k, float* noise) {
     const int n_blocks = static_cast<int>(significance_blocks(n));
     for (int b = static_cast<int>(threadIdx.x >> 5); b < n_blocks; b += kWarps) {
-        const PointRange points = block_points(n, b);
-        const int size = static_cast<int>(points.end - points.begin);
-        const float noise = size > 0 ? kDeviationsAMedian * ranked(rough + points.begin, size, size / 2) : 0.0f;
-        if ((threadIdx.x & 31) == 0) rough[b * kSignificanceBlock] = noise;
+        const float level = block_noise_of(signal, n, b);
+        if ((threadIdx.x & 31) == 0) noise[b] = level;
     }
     __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < n; i += kThreads) {
-        const int middle = i >= kSignificanceBlock / 2 ? (i - kSignificanceBlock / 2) / kSignificanceBlock : -1;
-        const int block = min(middle, n_blocks - 1), low = max(block, 0), high = min(block + 1, n_blocks - 1);
-        const float noise = noise_between(rough[low * kSignificanceBlock], rough[high * kSignificanceBlock],
-                                          noise_share(block, i));
-        signal[i] = significant(signal[i], k * noise);
-    }
+    for (int i = static_cast<int>(threadIdx.x); i < n; i += kThreads)
+        signal[i] = significant(signal[i], k * noise_at(noise, n_blocks, i));
     __syncthreads();
 }
 

@@ -502,7 +502,7 @@ ProfileRow random_profile(Random& random) {
     row.march_axis[1] = 1.0;
     row.polarisation = random.real(0, 1);
     row.counts = random.one_in(4) ? 0.0 : std::pow(10.0, random.real(-3, 6));
-    for (double& x : row.background) x = random.one_in(20) ? 1e200 : random.real(-0.1, 0.3);
+    for (double& x : row.background) x = random.one_in(20) ? 100.0 : random.real(-0.1, 0.3);
     row.hump_height = random.real(0, 0.2);
     row.hump_center = random.real(0, 180);
     row.hump_fwhm = random.one_in(20) ? 1e-300 : random.real(1, 20);

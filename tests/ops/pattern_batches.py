@@ -107,7 +107,7 @@ def mixed_profiles(n: int, seed: int = 5, **fields: float) -> ProfileParameters:
 def pattern_batch(n_patterns: int, seed: int = 3, n_families: int = 160) -> tuple[torch.Tensor, ...]:
     """Families, metric, B and rotations: the first pattern has none, the second is cubic, every third has no group."""
     rng = torch.Generator().manual_seed(seed)
-    sizes = torch.randint(1, n_families, (n_patterns,), generator=rng)
+    sizes = torch.randint(n_families // 2, n_families + 1, (n_patterns,), generator=rng)
     sizes[:1] = 0
     offset = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
     n = int(offset[-1])

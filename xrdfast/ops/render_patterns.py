@@ -25,13 +25,13 @@ from xrdfast.ops.line_profile import (
     sum_profiles,
     weigh_families,
 )
+from xrdfast.ops.preprocess import local_noise_reference
 from xrdfast.ops.random import noise_words, poisson
 from xrdfast.ops.render import check_families, check_offsets, check_tensors
 
 if TYPE_CHECKING:
     from xrdfast.bragg import Grid
 
-SIGNIFICANCE_BLOCK = 64  # points that share one estimate of the noise
 MAX_IMPURITIES = 16
 MAX_COUNTS = 1e6  # single precision still tells neighbouring counts apart
 PATCH_POINTS = 10  # of the encoder's patches, and the intensity from which one is active
@@ -196,24 +196,6 @@ def active_patches(intensity: Tensor) -> tuple[Tensor, Tensor]:
     return active.sum(1, dtype=torch.int32), torch.where(patch < n_patches, patch, -1).to(torch.int16)
 
 
-def noise_level(signal: Tensor) -> Tensor:
-    """Local noise of a pattern, (n_points,), as in csrc/significance.h."""
-    n_points = len(signal)
-    n_blocks = max(n_points // SIGNIFICANCE_BLOCK, 1)
-    rough = signal.diff().diff().abs()  # of points 1 .. n - 2
-    levels = []
-    for block in range(n_blocks):
-        begin = max(block * SIGNIFICANCE_BLOCK - 1, 0)
-        end = len(rough) if block == n_blocks - 1 else (block + 1) * SIGNIFICANCE_BLOCK - 1
-        piece = rough[begin:end].sort().values
-        levels.append(piece[len(piece) // 2] if len(piece) else rough.new_zeros(()))
-    level = torch.stack(levels) / (0.6745 * math.sqrt(6.0))
-    position = (torch.arange(n_points, dtype=torch.float64) + 0.5) / SIGNIFICANCE_BLOCK - 0.5
-    position = position.clamp(0.0, n_blocks - 1.0)
-    block = position.long()
-    return torch.lerp(level[block], level[(block + 1).clamp(max=n_blocks - 1)], position - block)
-
-
 def _as_preprocessed(
     peaks: Tensor,
     p: ProfileParameters,
@@ -234,11 +216,9 @@ def _as_preprocessed(
         background = p.counts * (level + p.hump_height * torch.exp2(-u.square())).clamp(min=0.0)
         rate = (p.counts / peaks.max()) * peaks + background
         signal = poisson(rate, noise_words(n_points, pattern_id, seed)) - background
-        measured = signal[first:last]
-        clipped = torch.zeros(n_points, dtype=torch.float64)
-        clipped[first:last] = torch.where(measured < clip_sigma * noise_level(measured), 0.0, measured).clamp(
-            min=0.0
-        )
+        measured, clipped = signal[first:last], torch.zeros_like(signal)
+        threshold = clip_sigma * local_noise_reference(measured)
+        clipped[first:last] = torch.where(measured < threshold, 0.0, measured).clamp(min=0.0)
         peaks = clipped
     strongest = peaks.max()
     return peaks / strongest * 100.0 if strongest > 0.0 else torch.zeros_like(peaks)
@@ -334,17 +314,20 @@ _BOUNDS = {
     "microstrain": (0.0, _LARGEST),
     "eta": (0.0, 1.0),
     "second_wavelength": (_SMALLEST, _LARGEST),
-    "second_ratio": (0.0, _LARGEST),
+    "second_ratio": (0.0, 100.0),
     "zero_shift": (-10.0, 10.0),
     "goniometer_radius": (_SMALLEST, _LARGEST),
     "march_r": (_SMALLEST, _LARGEST),
     "polarisation": (0.0, 1.0),
     "counts": (0.0, MAX_COUNTS),
+    **dict.fromkeys(
+        ("background_0", "background_1", "background_2", "background_3", "hump_height"), (-100.0, 100.0)
+    ),
     "hump_fwhm": (_SMALLEST, _LARGEST),
     "two_theta_first": (-360.0, 360.0),
     "two_theta_last": (-360.0, 360.0),
     "impurity_count": (0.0, float(MAX_IMPURITIES)),
-    "impurity_strength": (0.0, _LARGEST),
+    "impurity_strength": (0.0, 100.0),
 }
 
 
