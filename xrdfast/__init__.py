@@ -18,11 +18,9 @@ _PUBLIC = {
     "simulate_lines": "xrdfast.ops.simulate",
     "simulate_families": "xrdfast.ops.simulate",
     "render_sticks": "xrdfast.ops.render",
-<<<<<<< HEAD
     "render_patterns": "xrdfast.ops.render_patterns",
-=======
     "dsr_loss": "xrdfast.ops.dsr_loss",
->>>>>>> dsr
+    "SelfDistillation": "xrdfast.distillation",
     "build_model": "xrdfast.models.presets",
     "Trainer": "xrdfast.training.trainer",
     "joint_posterior": "xrdfast.posterior",
