@@ -60,7 +60,7 @@ __device__ __forceinline__ T sum_over_warps(T value, T* partial) {
 
 // Block (part, channels): weighted mean and squared deviations of the part's rows.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks) part_moments(PeakNormParams<T> p, PeakNormScratch<T> scratch) {
+__global__ void __launch_bounds__(kThreads) part_moments(PeakNormParams<T> p, PeakNormScratch<T> scratch) {
     XRD_SHARED(T, partial, kThreads);
     const int64_t c = static_cast<int64_t>(blockIdx.y) * kLanes + threadIdx.x % kLanes;
     const int64_t n_rows = (p.n_rows + kNormParts - 1) / kNormParts, begin = blockIdx.x * n_rows;
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) part_moments(PeakNormParams
 
 // Joins the parts' moments in order, a thread a channel (Chan, Golub and LeVeque, 1979).
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks) join_moments(PeakNormParams<T> p, PeakNormScratch<T> scratch) {
+__global__ void __launch_bounds__(kThreads) join_moments(PeakNormParams<T> p, PeakNormScratch<T> scratch) {
     const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     if (c >= p.n_channels) return;
     double total = 0.0, mean = 0.0, squares = 0.0;
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) join_moments(PeakNormParams
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks) norm_rows(PeakNormParams<T> p, T* out) {
+__global__ void __launch_bounds__(kThreads) norm_rows(PeakNormParams<T> p, T* out) {
     const int64_t n = p.n_rows_out * p.n_channels, stride = static_cast<int64_t>(gridDim.x) * kThreads;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < n; i += stride) {
         const int64_t j = i / p.n_channels, c = i - j * p.n_channels;
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) norm_rows(PeakNormParams<T>
 
 // dL/dz of every row, from the rows of the result that took it.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads)
     collect_gradients(PeakNormParams<T> p, PeakNormScratch<T> scratch, PeakNormGrads<T> grads) {
     const int64_t n = p.n_rows * p.n_channels, stride = static_cast<int64_t>(gridDim.x) * kThreads;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < n; i += stride) {
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 // Block (part, channels): sums over the part's rows of dL/dz and of dL/dz times the normalised h.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads)
     part_gradients(PeakNormParams<T> p, PeakNormScratch<T> scratch, PeakNormGrads<T> grads) {
     XRD_SHARED(T, partial, kThreads);
     const int64_t c = static_cast<int64_t>(blockIdx.y) * kLanes + threadIdx.x % kLanes;
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads)
     join_gradients(PeakNormParams<T> p, PeakNormScratch<T> scratch, PeakNormGrads<T> grads) {
     const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     if (c >= p.n_channels) return;
