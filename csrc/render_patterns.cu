@@ -83,12 +83,14 @@ __device__ __forceinline__ void make_image(const double* axis, const int8_t* w, 
 // Sum of the lines at the points of a tile that the lane has: tile + lane, tile + lane + 32, ...
 __device__ __forceinline__ void sum_lines(const Line* lines, int n_lines, int tile, float* sum) {
     const int lane = threadIdx.x & 31, first_block = tile / kLineBlock, end_block = first_block + kTile / kLineBlock;
+#pragma unroll
     for (int q = 0; q < kPointsALane; ++q) sum[q] = 0.0f;
     for (int i = 0; i < n_lines; ++i) {
         const int begin = lines[i].begin, end = lines[i].end;
         if (begin >= end_block || end <= first_block) continue;  // the same for the whole warp
         const Line line = lines[i];
         const bool core = line.core_begin < end_block && line.core_end > first_block;
+#pragma unroll
         for (int q = 0; q < kPointsALane; ++q) {
             const int point = tile + 32 * q + lane, block = point / kLineBlock;
             if (block < begin || block >= end) continue;
@@ -113,6 +115,7 @@ __device__ __forceinline__ void count(const RenderPatternsParams& p, int64_t pat
     for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += kThreads) {
         const Philox random = philox(static_cast<uint32_t>(i), kNoiseStream, static_cast<uint64_t>(p.seed),
                                      static_cast<uint64_t>(p.pattern_id[pattern]));
+#pragma unroll
         for (int w = 0; w < 4; ++w) {
             const int point = i / kNoiseLanes * kNoiseBlock + w * kNoiseLanes + i % kNoiseLanes;
             if (point < measured.first || point >= measured.last) continue;
@@ -233,6 +236,7 @@ __global__ void __launch_bounds__(kThreads, 3) measure(RenderPatternsParams p, R
     for (int tile = static_cast<int>(threadIdx.x >> 5) * kTile; tile < n_points; tile += kWarps * kTile) {
         float sum[kPointsALane];
         sum_lines(lines, n_lines, tile, sum);
+#pragma unroll
         for (int q = 0; q < kPointsALane; ++q) {
             const int point = tile + 32 * q + static_cast<int>(threadIdx.x & 31);
             if (point >= n_points) continue;
