@@ -1,0 +1,37 @@
+"""Points of the formats that the library geddes reads. The one module that knows geddes.
+
+Geddes is a parser in safe Rust: a damaged file is an error or a caught panic, never a crash. What it may need is
+memory, about 30 bytes an XML tag; callers bound what they hand over (`xrdfast.data.formats.bounded`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from xrdfast.data.formats.measured import Points, one_line
+from xrdfast.errors import InputError
+
+
+def read_points(data: bytes, suffix: str, index: int = 0) -> Points:
+    """2theta in degrees and intensity of one scan.
+
+    Args:
+        data: a file's content.
+        suffix: that names its format, such as ".xrdml".
+        index: of the scan, from 0.
+
+    Raises:
+        InputError: for content that geddes refuses, with its reason.
+    """
+    import geddes
+
+    try:
+        pattern = geddes.read_bytes(data, f"scan{suffix}", index=index)
+    except (ValueError, OSError) as error:
+        what = one_line(str(error)).removeprefix("Parse error: ")
+        raise InputError(f"points: must be a 2theta scan that can be read, got: {what}") from error
+    except BaseException as error:  # a panic in Rust is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InputError("points: must be a 2theta scan that can be read, got damaged data") from error
+    return np.asarray(pattern.x, np.float64), np.asarray(pattern.y, np.float64)
