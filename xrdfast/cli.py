@@ -395,7 +395,9 @@ def evaluate(
 )
 @click.option("--kind", type=click.Choice(["auto", "sticks", "scan"]), default="auto", show_default=True)
 @_wavelength_option
-@click.option("--scan", type=click.IntRange(0), help="Which one, in a file of several; without it they are listed.")
+@click.option(
+    "--scan", type=click.IntRange(0), help="Which one, in a file of several; without it they are listed."
+)
 @click.option(
     "--top", default=5, show_default=True, type=click.IntRange(1, 230), help="Space groups to list."
 )

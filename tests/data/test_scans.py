@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import string
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 import xrdfast
 from xrdfast.data.formats import bounded, columns
-from xrdfast.data.scans import Scan, read_all
+from xrdfast.data.scans import Scan
 from xrdfast.errors import InputError
 
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -43,6 +45,8 @@ def read(tmp_path, content: str | bytes, name: str = "scan.xy") -> Scan:
         "10.5 1\r\n20.25 100\r\n30 7.5",
         "10.5 1\r20.25 100\r30 7.5\r",
         "\ufeff10.5 1\n20.25 100\n30 7.5\n",
+        "# 2θ (°)\n10.5 1\n20.25 100\n30 7.5\n".encode("utf-16"),
+        b"2theta (\xb0)\n10.5 1\n20.25 100\n30 7.5\n",
         "20.0 49\t0.5\n".replace("20.0 49", "10.5 1") + "20.25 100\t3\n30 7.5\t1\n",
     ],
 )
@@ -63,8 +67,8 @@ def test_layouts(tmp_path, content):
         ("10 1\n20 inf\n", "point 2: intensity must be finite, got inf"),
         ("nan 1\n20 1\n", "point 1: two_theta must be finite"),
         ("10 1\n20 -0.5\n", "point 2: intensity must be >= 0 in a list of lines, got -0.5"),
-        ("10 1\n10 2\n", "point 2: two_theta must be above that of the line before, got 10"),
-        ("# a\n10 1\n30 3\n20 2\n", "point 4: two_theta must be above that of the line before, got 20"),
+        ("10 1\n10 2\n", "point 2: two_theta must be above that of the point before, got 10"),
+        ("# a\n10 1\n30 3\n20 2\n", "point 3: two_theta must be above that of the point before, got 20"),
         ("0 1\n10 2\n", "point 1: two_theta must be between 0 and 180 degrees, got 0"),
         ("10 1\n180 2\n", "point 2: two_theta must be between 0 and 180 degrees, got 180"),
         ("-1 1\n10 2\n", "point 1: two_theta must be between 0 and 180"),
@@ -72,15 +76,24 @@ def test_layouts(tmp_path, content):
         ("10 1\n20 2\nend of scan\n", "line 3: must be two or three numbers, got 'end of scan'"),
         ("10 1\n20 2\n30\n", "line 3: must be two or three numbers, got 1 columns"),
         ("10 1\n20 2 3 4\n", "line 2: must be two or three numbers, got 4 columns"),
-        ("16.0 0.03 136.0\n649 609 622 618\n", "line 2: must be two or three numbers, got 4 columns"),
+        (
+            "16.0 0.03 136.0\n649 609 622 618\n",
+            "points: must be the declared 4001, got 4 .recognised as text of start",
+        ),
         ("10 1_000\n20 2_000\n", "points: must be at least 2"),
         ("10 1\n20 " + "0" * 1000 + "2\n30 1\n", "line 2: must be two or three numbers, got '20 000"),
+        ("# \n" * 30_000 + "10 1\n20 2\x00\n", "line 30002: must be text, got a NUL byte"),
         ("1 " * 1_000_000, "points: must be at least 2"),
         ("20,02 49\n20,04 39\n", "points: must be at least 2"),
-        ("10 1\n20 2\x00\n", "line 2: must be text, got a NUL byte"),
-        (b"10 1\n20 2 \xb0\n", "file: must be UTF-8 text, got byte 0xb0"),
-        (b"\x89PNG\r\n\x1a\n\x00\x01", "file: must be UTF-8 text"),
-        ("10 1\n20 2\n".encode("utf-16"), "file: must be UTF-8 text"),
+        ("10 1\n20 2\x00\n", "format: must be known, got binary data that begin with 31 30 20"),
+        (b"10 1\n20 2 \xb0\n", "line 2: must be two or three numbers, got '20 2 °'"),
+        (b"\x89PNG\r\n\x1a\n\x00\x01", "format: must be a measured powder pattern, got a picture"),
+        (b"\x01\x02\x03\x00", "format: must be known, got binary data that begin with 01 02 03 00"),
+        (
+            "# time of flight\n10 1\n20 2\n",
+            "axis: must be 2theta in degrees, got 'time of flight' in the header",
+        ),
+        ("q [1/nm], I\n10 1\n20 2\n", "axis: must be 2theta in degrees, got 'q \\[' in the header"),
     ],
 )
 def test_refusals_name_file_line_and_rule(tmp_path, content, message):
@@ -89,20 +102,14 @@ def test_refusals_name_file_line_and_rule(tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_file_is_refused(tmp_path):
-    for path in (tmp_path, tmp_path / "absent.xy"):
-        with pytest.raises(InputError, match="file: must be readable, got"):
-            xrdfast.read(path)
-
-
 def test_sizes_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(scans, "_MAX_BYTES", 10)
+    monkeypatch.setattr(columns, "_MAX_POINTS", 2)
+    for content in ("10 1\n20 2\n30 3\n", "10;1\n20;2\n30;3\n"):
+        with pytest.raises(InputError, match="points: must be at most 2, got more"):
+            read(tmp_path, content)
+    monkeypatch.setattr(bounded, "MAX_BYTES", 10)
     with pytest.raises(InputError, match="size: must be at most 10 bytes, got 12"):
         read(tmp_path, "10 1\n20 222\n")
-    monkeypatch.setattr(scans, "_MAX_BYTES", 100)
-    monkeypatch.setattr(scans, "_MAX_POINTS", 2)
-    with pytest.raises(InputError, match="points: must be at most 2, got more"):
-        read(tmp_path, "10 1\n20 2\n30 3\n")
 
 
 def scan_text(lowest: float) -> str:
@@ -115,7 +122,7 @@ def scan_text(lowest: float) -> str:
 def test_scans_may_dip_a_little_below_zero(tmp_path):
     scan = read(tmp_path, scan_text(-4.9))
     assert scan.intensity.min() == 0.0 and scan.intensity[1500] == 0.0
-    with pytest.raises(InputError, match="line 1501: intensity must be at least -5 % of the maximum"):
+    with pytest.raises(InputError, match="point 1501: intensity must be at least -5 % of the maximum"):
         read(tmp_path, scan_text(-5.1))
 
 
@@ -139,3 +146,42 @@ def test_round_trip(tmp_path, two_theta, data, separator):
     rows = zip(two_theta, intensity, strict=True)
     scan = read(tmp_path, "".join(f"{x!r}{separator}{y!r}\n" for x, y in rows))
     assert scan.two_theta.tolist() == two_theta and scan.intensity.tolist() == intensity
+
+
+@pytest.mark.parametrize(
+    ("header", "given", "expected"),
+    [
+        ("", None, (1.54056, "assumed", "CuKa")),
+        ("", "CoKa", (1.788996, "given", "CoKa")),
+        ("", 1.54184, (1.54056, "given", "CuKa")),
+        ("", 1.5406, (1.5406, "given", "CuKa1")),
+        ("", "0.7", (0.7, "given", "")),
+        ("# Wavelength: 1.5418 A\n", None, (1.54056, "file", "CuKa")),
+        ("# lambda = 0.154056 nm\n", None, (1.54056, "file", "CuKa1")),
+        ("# wavelength 70.93\n", None, (1.54056, "assumed", "CuKa")),  # no diffraction is done with that
+        ("wavelength 0.413529\n", "CuKa", (0.413529, "file", "")),
+    ],
+)
+def test_wavelength_of_the_file_then_given_then_assumed(tmp_path, header, given, expected):
+    path = tmp_path / "scan.xy"
+    path.write_text(f"{header}10 1\n20 2\n")
+    scan = xrdfast.read(path, wavelength=given)
+    assert (scan.wavelength, scan.wavelength_source, scan.radiation) == expected
+    assert scan.is_doublet == expected[2].endswith("Ka")
+    kept = [note for note in scan.notes if "which was kept" in note]
+    assert len(kept) == (given is not None and expected[1] == "file")
+
+
+@pytest.mark.parametrize("wavelength", ["CuKb", 0.0, float("nan")])
+def test_a_wavelength_that_is_none_is_refused(tmp_path, wavelength):
+    with pytest.raises(ValueError, match="wavelength"):
+        xrdfast.read(tmp_path / "scan.xy", wavelength=wavelength)
+
+
+def test_reading_needs_no_torch(tmp_path):
+    (tmp_path / "scan.xy").write_text("10 1\n20 2\n")
+    code = "import sys, xrdfast; xrdfast.read(sys.argv[1]); print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "scan.xy")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"

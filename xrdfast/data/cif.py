@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from xrdfast.data.cif_syntax import column_of, numbers_of, parse_blocks, text_of
 from xrdfast.data.structures import PackedStructures, Rejected, from_arrays
 from xrdfast.errors import InputError
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from gemmi.cif import Block
 
 _MAX_BYTES = 64 << 20
-_MAX_BLOCKS = 1000
 _MAX_SITES = 20_000  # of one cell, after expansion
 _MAX_OPERATOR = 200  # characters
 _MAX_OPERATORS = 1024  # 192 in the largest conventional cell; more in a supercell that lists its translations
@@ -46,14 +46,6 @@ _HERMANN_MAUGUIN = (
 )
 _NUMBER = ("_space_group_IT_number", "_symmetry_Int_Tables_number")
 
-# An unquoted symbol of several words, and a block name that is no single word: programs write them, the
-# grammar has neither.
-_UNQUOTED_NAME = re.compile(
-    rb"^([ \t]*_(?:symmetry_)?space_group_name_(?:H-M(?:_alt|_full)?|Hall)[ \t]+)"
-    rb"([^\s'\"#;_][^\r\n'\"#_]*?)[ \t]*$",
-    re.MULTILINE | re.IGNORECASE,
-)
-_SPACED_BLOCK = re.compile(rb"^([ \t]*data_)[ \t]+([^\r\n_'\"]*?)[ \t]*$", re.MULTILINE | re.IGNORECASE)
 _TYPE_SYMBOL = re.compile(r"([A-Za-z]{1,2})(?:\d*\.?\d*[+-]|[+-]?\d+\.?\d*|\(.*\))?")
 # Symbols that labels in capitals mean as one element although the first letter is one too.
 _CAPITAL_SYMBOLS = (
@@ -142,33 +134,6 @@ def _read_blocks(path: Path) -> list[Block]:
         return parse_blocks(data)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-
-
-def parse_blocks(data: bytes) -> list[Block]:
-    """Data blocks of a CIF, two common faults of its grammar repaired.
-
-    Raises:
-        InputError: for other than 1 to 1,000 blocks in CIF grammar.
-    """
-    from gemmi import cif
-
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    if b"\0" in data:
-        raise InputError(f"file: must be text, got a NUL byte at {data.index(0)}")
-    text = data.decode("utf-8", "replace").encode()
-    try:
-        document = cif.read_string(text, check_level=0)
-    except (ValueError, RuntimeError):
-        text = _UNQUOTED_NAME.sub(rb"\1'\2'", text)
-        text = _SPACED_BLOCK.sub(lambda match: match[1] + b"_".join(match[2].split()), text)
-        try:
-            document = cif.read_string(text, check_level=0)
-        except (ValueError, RuntimeError) as error:
-            what = " ".join(str(error).split())[:200]
-            raise InputError(f"file: must follow the CIF grammar, got {what}") from error
-    if not 0 < len(document) <= _MAX_BLOCKS:
-        raise InputError(f"blocks: must be 1..{_MAX_BLOCKS}, got {len(document)}")
-    return list(document)
 
 
 def _read_block(block: Block) -> tuple[NDArray[np.float64], _Sites, int]:
@@ -419,25 +384,6 @@ def _same_places(
         np.minimum.at(first, one, first[other])
         if np.array_equal(first, before):
             return first
-
-
-def column_of(block: Block, tag: str) -> list[str]:
-    """Values of a tag, in a loop or alone, unquoted, `?` and `.` empty; none where the tag is not there."""
-    from gemmi import cif
-
-    return [cif.as_string(value).strip() for value in block.find_values(tag)]
-
-
-def text_of(block: Block, *tags: str) -> str:
-    """The first value of the first of these tags that has one, else an empty string."""
-    return next((column[0] for tag in tags if (column := column_of(block, tag)) and column[0]), "")
-
-
-def numbers_of(column: list[str], default: float = math.nan) -> NDArray[np.float64]:
-    """(n,) values without their uncertainties in brackets; the default where empty, NaN for no number."""
-    from gemmi import cif
-
-    return np.array([cif.as_number(text) if text else default for text in column], dtype=np.float64)
 
 
 def _number(block: Block, tag: str, default: float | None) -> float:

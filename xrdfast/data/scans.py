@@ -62,7 +62,7 @@ class Scan:
 
 
 def read(path: str | Path, *, wavelength: str | float | None = None, scan: int | None = None) -> Scan:
-    """Reads a measured powder pattern, whatever instrument wrote it.
+    r"""Reads a measured powder pattern, whatever instrument wrote it.
 
     PANalytical XRDML; Bruker RAW 1 to 4, UXD and BRML; Rigaku RAS and RASX; STOE RAW; GSAS; powder CIF; text with
     a start, a step and counts; two or three columns of text. The content tells the format, not the name; a .gz or
@@ -85,7 +85,7 @@ def read(path: str | Path, *, wavelength: str | float | None = None, scan: int |
 
     Example:
         >>> path = getfixture("tmp_path") / "quartz.xy"
-        >>> _ = path.write_text("# wavelength 0.7\\n20.8 21\\n26.6 100\\n")
+        >>> _ = path.write_text("# wavelength 0.7\n20.8 21\n26.6 100\n")
         >>> found = read(path)
         >>> found.two_theta.tolist(), found.wavelength, found.wavelength_source
         ([20.8, 26.6], 0.7, 'file')
@@ -103,9 +103,7 @@ def read(path: str | Path, *, wavelength: str | float | None = None, scan: int |
         raise InputError(f"{_shown(path)}: {error}") from error
 
 
-def read_all(
-    path: str | Path, *, wavelength: str | float | None = None
-) -> Iterator[Scan | InputError]:
+def read_all(path: str | Path, *, wavelength: str | float | None = None) -> Iterator[Scan | InputError]:
     """Every scan of a file in its order, as `read` reads it; in the place of one that breaks a rule, its error.
 
     Raises:
@@ -169,7 +167,12 @@ def _check_points(two_theta: NDArray[np.float64], intensity: NDArray[np.float64]
         (~np.isfinite(two_theta), "two_theta", "finite", two_theta),
         (~np.isfinite(intensity), "intensity", "finite", intensity),
         (~((two_theta > 0.0) & (two_theta < 180.0)), "two_theta", "between 0 and 180 degrees", two_theta),
-        (np.diff(two_theta, prepend=-np.inf) <= 0.0, "two_theta", "above that of the point before", two_theta),
+        (
+            np.diff(two_theta, prepend=-np.inf) <= 0.0,
+            "two_theta",
+            "above that of the point before",
+            two_theta,
+        ),
     ):
         if bad.any():
             at = int(np.argmax(bad))
@@ -185,7 +188,11 @@ def _check_points(two_theta: NDArray[np.float64], intensity: NDArray[np.float64]
             raise InputError(f"point {at + 1}: intensity must be {rule}, got {lowest:.10g}")
     elif lowest < 0.0:
         at = int(np.argmax(intensity < 0.0))
-        raise InputError(f"point {at + 1}: intensity must be >= 0 in a list of lines, got {intensity[at]:.10g}")
+        raise InputError(
+            f"point {at + 1}: intensity must be >= 0 in a list of lines, got {intensity[at]:.10g}"
+        )
+
+
 def _listed(scans: list[Measured]) -> str:
     """The first scans with their ranges, for a message."""
     shown = []

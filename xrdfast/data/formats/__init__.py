@@ -20,6 +20,7 @@ from xrdfast.data.formats import (
     start_step_stop,
     stoe,
 )
+from xrdfast.data.formats.bounded import UTF16_MARKS, as_utf8
 from xrdfast.data.formats.measured import Measured, one_line
 from xrdfast.errors import InputError
 
@@ -43,8 +44,10 @@ _NOT_READ = {
     b"\x80\x05": "a Python pickle",
 }
 _XML_ROOT = re.compile(rb"<(?![?!])(?:[\w.-]+:)?([\w.-]+)")
-_UXD = re.compile(rb"^(?:[ \t]*(?:;[^\n]*)?\r?\n)*[ \t]*_(?:FILEVERSION|SAMPLE|DRIVE|STEPTIME|START)[ \t]*=", re.IGNORECASE)
-_CIF = re.compile(rb"^(?:[ \t]*(?:#[^\n]*)?\r?\n)*[ \t]*data_", re.IGNORECASE)
+_UXD = re.compile(
+    rb"^(?:[ \t]*(?:;[^\n]*)?\r?\n)*[ \t]*_(?:FILEVERSION|SAMPLE|DRIVE|STEPTIME|START)[ \t]*=", re.IGNORECASE
+)
+_CIF = re.compile(rb"(?:[ \t]*(?:#[^\n]*)?\r?\n)*+[ \t]*data_", re.IGNORECASE)
 _RAS = b"*RAS_"
 _PHILIPS_UDF = b"SampleIdent,"
 
@@ -68,13 +71,13 @@ def refusal(name: str, error: InputError) -> InputError:
 
 
 def recognise(data: bytes) -> tuple[str, Callable[[bytes], list[Measured]]]:
-    """Name of the format and its reader.
+    r"""Name of the format and its reader.
 
     Raises:
         InputError: for content that is not recognised, or recognised and not read.
 
     Example:
-        >>> recognise(b"RAW4.00" + bytes(60))[0], recognise(b"10 1\\n20 2\\n")[0]
+        >>> recognise(b"RAW4.00" + bytes(60))[0], recognise(b"10 1\n20 2\n")[0]
         ('Bruker RAW', 'columns of text')
     """
     for magic, what in _NOT_READ.items():
@@ -91,12 +94,13 @@ def recognise(data: bytes) -> tuple[str, Callable[[bytes], list[Measured]]]:
     if data.startswith(stoe.MAGIC):
         return "STOE RAW", stoe.read_stoe
     head = data[:_HEAD]
-    utf16 = head.startswith((b"\xff\xfe", b"\xfe\xff"))
-    if utf16:
-        head = head[: len(head) // 2 * 2].decode("utf-16", "replace").encode("utf-8", "replace")
+    if head.startswith(UTF16_MARKS):
+        head = head[: len(head) // 2 * 2]
     elif b"\0" in head:
-        raise InputError(f"format: must be known, got binary data that begin with {data[:8].hex(' ')}; {_EXPORT}")
-    return _recognise_text(head.removeprefix(b"\xef\xbb\xbf").lstrip())
+        raise InputError(
+            f"format: must be known, got binary data that begin with {data[:8].hex(' ')}; {_EXPORT}"
+        )
+    return _recognise_text(as_utf8(head).lstrip())
 
 
 def _recognise_text(head: bytes) -> tuple[str, Callable[[bytes], list[Measured]]]:
@@ -116,19 +120,17 @@ def _recognise_text(head: bytes) -> tuple[str, Callable[[bytes], list[Measured]]
         return "CIF", pdcif.read_pdcif
     if gsas.BANK.search(head):
         return "GSAS", gsas.read_gsas
-    if start_step_stop.starts_and_steps(_text(head, "replace")):
-        return "text of start, step, stop and counts", lambda data: start_step_stop.read_start_step_stop(_text(data))
+    if start_step_stop.starts_and_steps(_text(head)):
+        return "text of start, step, stop and counts", lambda data: start_step_stop.read_start_step_stop(
+            _text(data)
+        )
     return COLUMNS, lambda data: columns.read_columns(_text(data))
 
 
-def _text(data: bytes, errors: str = "strict") -> str:
-    """UTF-8 text with newlines as one character."""
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    if errors == "strict" and b"\0" in data:
+def _text(data: bytes) -> str:
+    """Text with newlines as one character."""
+    data = as_utf8(data)
+    if b"\0" in data:
         line = data[: data.index(0)].count(b"\n") + 1
         raise InputError(f"line {line}: must be text, got a NUL byte")
-    try:
-        text = data.decode("utf-8", errors)
-    except UnicodeDecodeError as error:
-        raise InputError(f"file: must be UTF-8 text, got byte 0x{error.object[error.start]:02x}") from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")

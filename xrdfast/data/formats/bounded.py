@@ -25,8 +25,11 @@ _MAX_DIRECTORY = 1 << 20  # bytes of an archive's directory, about 10,000 member
 _MAX_TAGS = 1_000_000  # of an XML document; one point a tag at most
 _MAX_DEPTH = 100
 _MAX_TEXT = 1000  # characters kept of an element's text
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _DIRECTORY_END = b"PK\x05\x06"
 _ZIP64_LOCATOR = b"PK\x06\x07"
+# of zipfile on damaged content; NotImplementedError is a RuntimeError
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError, struct.error)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -39,7 +42,9 @@ def read_bytes(path: Path) -> bytes:
         # without O_NONBLOCK, opening a pipe waits for a writer
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except (OSError, ValueError) as error:  # a name with a NUL is a ValueError
-        raise InputError(f"file: must be readable, got {getattr(error, 'strerror', None) or error}") from error
+        raise InputError(
+            f"file: must be readable, got {getattr(error, 'strerror', None) or error}"
+        ) from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -109,15 +114,21 @@ def unzip(data: bytes, wanted: Callable[[str], bool]) -> dict[str, bytes]:
                 if not wanted(info.filename) or info.filename in members:
                     continue
                 if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
-                    raise InputError("archive: must be stored or deflated without a password, got another method")
+                    raise InputError(
+                        "archive: must be stored or deflated without a password, got another method"
+                    )
                 with archive.open(info) as member:
                     content = member.read(left + 1)
                 if len(content) > left:
                     raise InputError(f"size: must be at most {MAX_BYTES} bytes unpacked, got more")
                 left -= len(content)
                 members[info.filename] = content
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
-        raise InputError(f"archive: must be a whole ZIP file, got {str(error)[:100] or 'a damaged one'}") from error
+    except InputError:
+        raise
+    except _ZIP_ERRORS as error:
+        raise InputError(
+            f"archive: must be a whole ZIP file, got {str(error)[:100] or 'a damaged one'}"
+        ) from error
     return members
 
 
@@ -132,7 +143,7 @@ def pack(members: dict[str, bytes]) -> bytes:
 
 def as_utf8(data: bytes) -> bytes:
     """Text as UTF-8 without a byte-order mark: UTF-16 needs one, and what is not UTF-8 is read as Latin-1."""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if data.startswith(UTF16_MARKS):
         return data.decode("utf-16", "replace").encode("utf-8", "replace")
     data = data.removeprefix(b"\xef\xbb\xbf")
     try:
@@ -199,4 +210,3 @@ def xml_elements(data: bytes, wanted: frozenset[str]) -> list[Element]:
     except expat.ExpatError as error:
         raise InputError(f"document: must be well-formed XML, got {error}") from error
     return sorted(found, key=lambda element: element.begin)
-

@@ -56,7 +56,9 @@ def _read_version_1(data: bytes) -> list[Measured]:
         radiation = stated_radiation(*struct.unpack_from("<2f", data, at + 68))
         (another,) = struct.unpack_from("<I", data, at + 148)
         begin = at + 152
-        scans.append(Measured(title, radiation, functools.partial(_counts, data, begin, n_points, start, step)))
+        scans.append(
+            Measured(title, radiation, functools.partial(_counts, data, begin, n_points, start, step))
+        )
         at = begin + 4 * n_points
         _limit(scans)
     return scans
@@ -143,7 +145,9 @@ def read_uxd(data: bytes) -> list[Measured]:
             unit = {b"NM": 10.0, b"PM": 0.01}.get(stated.get(b"WL_UNIT", b"A").upper(), 1.0)
             ratio = lines[2] if lines[2] == lines[2] else 0.5
             radiation = stated_radiation(unit * lines[0], unit * lines[1], ratio)
-            text = b"".join(b"_%s=%s\n" % item for item in header_of_block.items()) + b"\n".join(block) + b"\n"
+            text = (
+                b"".join(b"_%s=%s\n" % item for item in header_of_block.items()) + b"\n".join(block) + b"\n"
+            )
             title = one_line(stated.get(b"SAMPLE", b""))
             scans.append(Measured(title, radiation, functools.partial(read_points, text, ".uxd")))
             _limit(scans)
@@ -178,11 +182,11 @@ def read_brml(data: bytes) -> list[Measured]:
     containers = [name for name in members if name.endswith("DataContainer.xml")]
     if len(containers) != 1:
         raise InputError(f"experiments: must be one, got {len(containers)}; export each as .xy or .uxd")
-    wanted = frozenset(("string", "SampleName", "SampleID"))
-    names = []
-    for element in xml_elements(as_utf8(members[containers[0]]), wanted):
-        if "RawDataReferenceList/" in element.path and element.text in members:
-            names.append(element.text)
+    names = [
+        element.text
+        for element in xml_elements(as_utf8(members[containers[0]]), frozenset(("string",)))
+        if "RawDataReferenceList/" in element.path and element.text in members
+    ]
     if not 0 < len(names) <= MAX_SCANS:
         raise InputError(f"scans: must be 1..{MAX_SCANS}, got a BRML archive with {len(names)}")
     scans = []
@@ -193,10 +197,8 @@ def read_brml(data: bytes) -> list[Measured]:
             stated.setdefault(key, number_of(element.attributes.get("Value") or element.text))
         lines = (stated.get("WaveLengthAlpha1", np.nan), stated.get("WaveLengthAlpha2", np.nan))
         radiation = stated_radiation(*lines, stated.get("WaveLengthRatio", 0.5))
-        container = (
-            f"<DataContainer><RawDataReferenceList><string>{name}</string></RawDataReferenceList></DataContainer>"
-        )
-        read = functools.partial(_read_brml, {containers[0]: container.encode(), name: members[name]})
+        contents = f"<Data><RawDataReferenceList><string>{name}</string></RawDataReferenceList></Data>"
+        read = functools.partial(_read_brml, {containers[0]: contents.encode(), name: members[name]})
         scans.append(Measured("", radiation, read))
     return scans
 

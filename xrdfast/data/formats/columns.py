@@ -56,7 +56,7 @@ def _plain_points(body: str) -> np.ndarray | None:
     """
     newline = np.frombuffer(body.encode(), np.uint8) == ord("\n")
     ends = np.flatnonzero(newline)
-    if len(ends) == 0 or len(ends) > _MAX_POINTS or np.diff(ends, append=len(newline)).max() > _MAX_LINE:
+    if not 0 < len(ends) < _MAX_POINTS or np.diff(ends, append=len(newline)).max() > _MAX_LINE:
         return None
     try:
         table = np.loadtxt(io.StringIO(body), comments=None, ndmin=2) if body.strip() else np.zeros((0, 2))

@@ -33,7 +33,9 @@ def read_gsas(data: bytes) -> list[Measured]:
 
 def _read_bank(bank: bytes, binning: str) -> Points:
     if binning.upper() in _TIMES:
-        raise InputError(f"axis: must be 2theta at one wavelength, got time-of-flight data ({binning} binning)")
+        raise InputError(
+            f"axis: must be 2theta at one wavelength, got time-of-flight data ({binning} binning)"
+        )
     if binning.upper() not in _CONSTANT:
         raise InputError(f"axis: must be 2theta in constant steps (CONST), got {binning} binning")
     return read_points(b"title\n" + bank, ".gsas")

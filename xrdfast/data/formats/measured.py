@@ -45,10 +45,10 @@ class Measured:
 
 
 def one_line(text: str | bytes) -> str:
-    """Text of a header without control characters, cut short.
+    r"""Text of a header without control characters, cut short.
 
     Example:
-        >>> one_line(b"LaB6 \\n run\\x00 3")
+        >>> one_line(b"LaB6 \n run\x00 3")
         'LaB6 run 3'
     """
     if isinstance(text, bytes):
@@ -91,7 +91,11 @@ def stated_radiation(first: float, second: float = 0.0, ratio: float = 0.5) -> R
 
 def first_line_alone(radiation: Radiation | None) -> Radiation | None:
     """The same without its K-alpha 2, where a monochromator took that away."""
-    return Radiation(radiation.wavelength, f"{radiation.name}1") if radiation and radiation.is_doublet else radiation
+    return (
+        Radiation(radiation.wavelength, f"{radiation.name}1")
+        if radiation and radiation.is_doublet
+        else radiation
+    )
 
 
 def splits_doublet(monochromator: str) -> bool:

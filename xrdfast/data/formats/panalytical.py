@@ -19,10 +19,9 @@ from xrdfast.data.formats.measured import (
 )
 from xrdfast.errors import InputError
 
-_WANTED = frozenset(
-    ("xrdMeasurement", "scan", "usedWavelength", "kAlpha1", "kAlpha2", "kBeta", "ratioKAlpha2KAlpha1")
-    + ("monochromator", "xRayMirror", "id", "name")
-)
+_LINES = ("kAlpha1", "kAlpha2", "kBeta", "ratioKAlpha2KAlpha1")
+_OPTICS = ("monochromator", "xRayMirror")
+_WANTED = frozenset(("xrdMeasurement", "scan", "id", "name", "usedWavelength", *_LINES, *_OPTICS))
 
 
 def read_xrdml(data: bytes) -> list[Measured]:
@@ -48,7 +47,7 @@ def read_xrdml(data: bytes) -> list[Measured]:
             intended = element.attributes.get("intended", "")
         elif parent == "usedWavelength":
             stated[name] = number_of(element.text)
-        elif name in ("monochromator", "xRayMirror") and parent == "incidentBeamPath":
+        elif name in _OPTICS and parent == "incidentBeamPath":
             alone = alone or splits_doublet(element.attributes.get("name", ""))
         elif name == "scan" and parent == "xrdMeasurement":
             radiation = _radiation(stated, intended)

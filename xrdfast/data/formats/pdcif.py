@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xrdfast.bragg import Radiation
-from xrdfast.data.cif import column_of, numbers_of, parse_blocks, text_of
+from xrdfast.data.cif_syntax import column_of, numbers_of, parse_blocks, text_of
 from xrdfast.data.formats.measured import (
     Measured,
     Points,
@@ -54,7 +54,9 @@ def read_pdcif(data: bytes) -> list[Measured]:
             title = one_line(text_of(block, "_chemical_name_common", "_chemical_name_mineral") or block.name)
             scans.append(Measured(title, radiation, functools.partial(_read_profile, block)))
     if not scans:
-        raise InputError("profile: must be a measured powder profile, got a CIF without one, perhaps a structure")
+        raise InputError(
+            "profile: must be a measured powder profile, got a CIF without one, perhaps a structure"
+        )
     return scans
 
 
@@ -90,11 +92,15 @@ def _two_theta(block: Block, n_points: int) -> NDArray[np.float64]:
         if len(two_theta := numbers_of(column_of(block, tag))) == n_points > 1:
             return two_theta
     for tag in _RANGES:
-        start, stop, step = (numbers_of(column_of(block, f"{tag}_{end}")[:1]) for end in ("min", "max", "inc"))
+        start, stop, step = (
+            numbers_of(column_of(block, f"{tag}_{end}")[:1]) for end in ("min", "max", "inc")
+        )
         if len(start) and len(step) and step[0] > 0.0:
             if len(stop) and abs(start[0] + step[0] * (n_points - 1) - stop[0]) > 0.5 * step[0]:
                 raise InputError(
                     f"{tag}: must be that of {n_points} points, got {start[0]:g} to {stop[0]:g} by {step[0]:g}"
                 )
             return start[0] + step[0] * np.arange(n_points)
-    raise InputError(f"angles: must be one for each of {n_points} intensities, or min, max and inc, got neither")
+    raise InputError(
+        f"angles: must be one for each of {n_points} intensities, or min, max and inc, got neither"
+    )

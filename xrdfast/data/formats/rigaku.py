@@ -28,7 +28,9 @@ _RAS_COUNT = re.compile(rb"^\*MEAS_DATA_COUNT[^\n]*$", re.MULTILINE)
 _RAS_SCAN = re.compile(rb"^\*RAS_HEADER_START.*?^\*RAS_INT_END", re.MULTILINE | re.DOTALL)
 _RAS_POINTS = re.compile(rb"^\*RAS_INT_START[^\n]*\n(.*?)^\*RAS_INT_END", re.MULTILINE | re.DOTALL)
 _RASX_MEMBER = re.compile(r"root\.xml|Data\d+/[\w. ()+-]{1,100}\.(?:xml|txt)", re.IGNORECASE)
-_RASX_CONDITIONS = frozenset(("WaveType", "WavelengthKalpha1", "WavelengthKalpha2", "WavelengthKbeta", "SampleName"))
+_RASX_CONDITIONS = frozenset(
+    ("WaveType", "WavelengthKalpha1", "WavelengthKalpha2", "WavelengthKbeta", "SampleName")
+)
 
 
 def read_ras(data: bytes) -> list[Measured]:
@@ -39,10 +41,14 @@ def read_ras(data: bytes) -> list[Measured]:
         if len(scans) >= MAX_SCANS:
             raise InputError(f"scans: must be at most {MAX_SCANS}, got more")
         scan = match[0] + b"\n"
-        header = {key.decode(): one_line(value) for key, value in _RAS_KEY.findall(scan.partition(b"*RAS_INT_")[0])}
+        header = {
+            key.decode(): one_line(value) for key, value in _RAS_KEY.findall(scan.partition(b"*RAS_INT_")[0])
+        }
         lines = [number_of(header.get(f"HW_XG_WAVE_LENGTH_{name}")) for name in ("ALPHA1", "ALPHA2", "BETA")]
         radiation = _radiation(*lines, header.get("MEAS_COND_XG_WAVE_TYPE", ""))
-        scans.append(Measured(header.get("FILE_SAMPLE", "").strip(), radiation, functools.partial(_read_ras, scan)))
+        scans.append(
+            Measured(header.get("FILE_SAMPLE", "").strip(), radiation, functools.partial(_read_ras, scan))
+        )
     if not scans:
         raise InputError("scans: must be one or more, got a RAS file that ends before *RAS_INT_END")
     return scans
@@ -58,10 +64,14 @@ def read_rasx(data: bytes) -> list[Measured]:
     scans = []
     for group, names in groups.items():
         profile = next((name for name in names if name.lower().endswith(".txt")), "")
-        conditions = next((name for name in names if re.search(r"conditions.*\.xml$", name, re.IGNORECASE)), "")
+        conditions = next(
+            (name for name in names if re.search(r"conditions.*\.xml$", name, re.IGNORECASE)), ""
+        )
         if f"{group}/{profile}" not in members:
             continue
-        wanted = {f"{group}/{name}": members.get(f"{group}/{name}", b"") for name in (profile, conditions) if name}
+        wanted = {
+            f"{group}/{name}": members.get(f"{group}/{name}", b"") for name in (profile, conditions) if name
+        }
         stated = {}
         if conditions:
             found = xml_elements(as_utf8(wanted[f"{group}/{conditions}"]), _RASX_CONDITIONS)

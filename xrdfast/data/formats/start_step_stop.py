@@ -7,6 +7,7 @@ lines of title before and, some, the standard deviations behind.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -20,12 +21,12 @@ _MIN_POINTS, _MAX_POINTS = 10, 1_000_000
 
 
 def starts_and_steps(text: str) -> bool:
-    """Whether the text begins so: a range, and behind it a line of other than two or three numbers.
+    r"""Whether the text begins so: a range, and behind it a line of other than two or three numbers.
 
     Example:
-        >>> starts_and_steps("10.0 0.1 20.0\\n 5 6 7 8 9\\n")
+        >>> starts_and_steps("10.0 0.1 20.0\n 5 6 7 8 9\n")
         True
-        >>> starts_and_steps("10.0 0.1 20.0\\n 10.1 0.2 20.2\\n")
+        >>> starts_and_steps("10.0 0.1 20.0\n 10.1 0.2 20.2\n")
         False
     """
     return _find(text) is not None
@@ -39,7 +40,9 @@ def read_start_step_stop(text: str) -> list[Measured]:
     at, start, step, n_points = found
     header = "\n".join(_head(text)[:at])
     title = one_line(header.partition("\n")[0])
-    return [Measured(title, radiation_in_text(header), functools.partial(_read, text, at, start, step, n_points))]
+    return [
+        Measured(title, radiation_in_text(header), functools.partial(_read, text, at, start, step, n_points))
+    ]
 
 
 def _head(text: str) -> list[str]:
@@ -49,7 +52,7 @@ def _head(text: str) -> list[str]:
 def _find(text: str) -> tuple[int, float, float, int] | None:
     """Index of the line, start, step and number of points."""
     head = _head(text)
-    for at, (line, following) in enumerate(zip(head, head[1:], strict=False)):
+    for at, (line, following) in enumerate(itertools.pairwise(head)):
         start, step, stop = [number_of(field) for field in (line.replace(",", " ").split() + [""] * 3)[:3]]
         if not (math.isfinite(start) and step > 0.0 and start + _MIN_POINTS * step < stop < 180.0):
             continue
