@@ -103,9 +103,9 @@ def test_refusals_name_file_line_and_rule(tmp_path, content, message):
 
 
 def test_sizes_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(columns, "_MAX_POINTS", 2)
+    monkeypatch.setattr(columns, "_MAX_LINES", 2)
     for content in ("10 1\n20 2\n30 3\n", "10;1\n20;2\n30;3\n"):
-        with pytest.raises(InputError, match="points: must be at most 2, got more"):
+        with pytest.raises(InputError, match="lines: must be at most 2, got 3"):
             read(tmp_path, content)
     monkeypatch.setattr(bounded, "MAX_BYTES", 10)
     with pytest.raises(InputError, match="size: must be at most 10 bytes, got 12"):

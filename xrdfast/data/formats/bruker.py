@@ -22,7 +22,7 @@ from xrdfast.data.formats.measured import (
 from xrdfast.errors import InputError
 
 RAW_MAGICS = (b"RAW ", b"RAW2", b"RAW1.01", b"RAW4.00")
-_RAW_SUFFIX = ".raw"
+_MAX_UXD = 16 << 20  # bytes: as a list of lines it takes ten times that
 _UXD_MARKERS = (b"_COUNTS", b"_CPS", b"_2THETACOUNTS", b"_2THETACPS")
 _BRML_MEMBER = re.compile(r"(?:[\w. -]{1,100}/)?(?:DataContainer|RawData\d+)\.xml")
 _BRML_LINES = frozenset(("WaveLengthAlpha1", "WaveLengthAlpha2", "WaveLengthRatio"))
@@ -86,21 +86,28 @@ def _read_version_3(data: bytes) -> list[Measured]:
     title = one_line(data[326:386].partition(b"\0")[0])
     first, second, _, ratio = struct.unpack_from("<4d", data, 624)
     radiation = stated_radiation(first, second, ratio)
-    return [
-        Measured(title, radiation, functools.partial(read_points, data, _RAW_SUFFIX, index))
-        for index in range(n_ranges)
-    ]
+    before = data[:12] + struct.pack("<I", 1) + data[16:712]
+    at, scans = 712, []
+    for _ in range(n_ranges):
+        n_header, n_points = struct.unpack_from("<II", data, at)
+        stride, extra = struct.unpack_from("<II", data, at + 252)
+        if n_header < 260:
+            raise InputError(f"range: must have a header of at least 260 bytes, got {n_header}")
+        end = at + n_header + extra + n_points * stride
+        scans.append(Measured(title, radiation, functools.partial(_read_range, data, before, at, end)))
+        at = end
+    return scans
 
 
 def _read_version_4(data: bytes) -> list[Measured]:
-    title, radiation, n_ranges, at = "", None, 0, 61
-    while at < len(data) and n_ranges <= MAX_SCANS:
+    title, radiation, at, ranges = "", None, 61, []
+    while at < len(data) and len(ranges) <= MAX_SCANS:
         kind, length = struct.unpack_from("<II", data, at)
         if kind in (0, 160):
             (n_points,) = struct.unpack_from("<I", data, at + 88)
             stride, n_header = struct.unpack_from("<II", data, at + 136)
             length = 160 + n_header + n_points * stride
-            n_ranges += 1
+            ranges.append((at, at + length))
         elif length < 8:
             raise InputError(f"segment: must be at least 8 bytes, got {length} at {at}")
         elif kind == 30:
@@ -109,12 +116,19 @@ def _read_version_4(data: bytes) -> list[Measured]:
         elif kind == 10 and data[at + 12 : at + 36].partition(b"\0")[0] == b"SAMPLEID":
             title = one_line(data[at + 36 : at + min(length, 1000)].partition(b"\0")[0])
         at += length
-    if not 0 < n_ranges <= MAX_SCANS:
-        raise InputError(f"ranges: must be 1..{MAX_SCANS}, got {n_ranges}")
+    if not 0 < len(ranges) <= MAX_SCANS:
+        raise InputError(f"ranges: must be 1..{MAX_SCANS}, got {len(ranges)}")
+    before = data[: ranges[0][0]]
     return [
-        Measured(title, radiation, functools.partial(read_points, data, _RAW_SUFFIX, index))
-        for index in range(n_ranges)
+        Measured(title, radiation, functools.partial(_read_range, data, before, begin, end))
+        for begin, end in ranges
     ]
+
+
+def _read_range(data: bytes, before: bytes, begin: int, end: int) -> Points:
+    if end > len(data):
+        raise InputError(f"range: must be whole, got {len(data) - begin} of {end - begin} bytes")
+    return read_points(before + data[begin:end], ".raw")
 
 
 def _limit(scans: list[Measured]) -> None:
@@ -134,6 +148,8 @@ def _counts(data: bytes, begin: int, n_points: int, start: float, step: float) -
 
 def read_uxd(data: bytes) -> list[Measured]:
     """Ranges of a UXD file; a later range keeps what the ones before it stated and it does not."""
+    if len(data) > _MAX_UXD:
+        raise InputError(f"size: must be at most {_MAX_UXD} bytes for a UXD file, got {len(data)}")
     scans: list[Measured] = []
     header: dict[bytes, bytes] = {}
     block: list[bytes] = []

@@ -11,7 +11,7 @@ import numpy as np
 from xrdfast.data.formats.measured import Measured, Points, one_line, radiation_in_text
 from xrdfast.errors import InputError
 
-_MAX_POINTS = 5_000_000
+_MAX_LINES = 1_000_000  # as separate strings, 60 MB
 _MAX_LINE = 1000  # characters of a point; a longer line is text
 _COMMENT = ("#", "!", "*", "%", "/", "'", ";")
 _OTHER_AXIS = re.compile(r"(time[ -]of[ -]flight|\btof\b|\bq\s*[\[(]|\bd[ -]spacing)", re.IGNORECASE)
@@ -41,6 +41,8 @@ def _header(text: str) -> list[str]:
 def _read(text: str, header: str) -> Points:
     if other := _OTHER_AXIS.search(header):
         raise InputError(f"axis: must be 2theta in degrees, got {one_line(other[0])!r} in the header")
+    if (n_lines := text.count("\n")) > _MAX_LINES:
+        raise InputError(f"lines: must be at most {_MAX_LINES}, got {n_lines}")
     table = _plain_points(text[len(header) :])
     if table is None:
         table = _rows(text)
@@ -56,7 +58,7 @@ def _plain_points(body: str) -> np.ndarray | None:
     """
     newline = np.frombuffer(body.encode(), np.uint8) == ord("\n")
     ends = np.flatnonzero(newline)
-    if not 0 < len(ends) < _MAX_POINTS or np.diff(ends, append=len(newline)).max() > _MAX_LINE:
+    if len(ends) == 0 or np.diff(ends, append=len(newline)).max() > _MAX_LINE:
         return None
     try:
         table = np.loadtxt(io.StringIO(body), comments=None, ndmin=2) if body.strip() else np.zeros((0, 2))
@@ -80,8 +82,6 @@ def _rows(text: str) -> np.ndarray:
             what = f"{n_fields} columns" if values else repr(one_line(stripped[:60]))
             raise InputError(f"line {number}: must be two or three numbers, got {what}")
         points += values[:2]
-        if len(points) > 2 * _MAX_POINTS:
-            raise InputError(f"points: must be at most {_MAX_POINTS}, got more")
     return np.array(points).reshape(-1, 2)
 
 

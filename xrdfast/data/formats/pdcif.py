@@ -24,7 +24,7 @@ from xrdfast.errors import InputError
 if TYPE_CHECKING:
     from gemmi.cif import Block
 
-_MAX_BYTES = 16 << 20  # a parsed value takes ten times the bytes of its text
+_MAX_BYTES = 8 << 20  # a parsed value takes fifty times the bytes of a short one
 _ANGLES = ("_pd_proc_2theta_corrected", "_pd_meas_2theta_scan", "_pd_meas_2theta_corrected")
 _RANGES = ("_pd_proc_2theta_range", "_pd_meas_2theta_range")
 _INTENSITIES = (

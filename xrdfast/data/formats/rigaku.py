@@ -23,10 +23,9 @@ from xrdfast.data.formats.measured import (
 )
 from xrdfast.errors import InputError
 
-_RAS_KEY = re.compile(rb"^\*([A-Z0-9_-]+)[ \t]+\"?(.*?)\"?[ \t\r]*$", re.MULTILINE)
+_RAS_KEY = re.compile(rb"^\*([A-Z0-9_-]+)[ \t]([^\n]*)$", re.MULTILINE)
 _RAS_COUNT = re.compile(rb"^\*MEAS_DATA_COUNT[^\n]*$", re.MULTILINE)
-_RAS_SCAN = re.compile(rb"^\*RAS_HEADER_START.*?^\*RAS_INT_END", re.MULTILINE | re.DOTALL)
-_RAS_POINTS = re.compile(rb"^\*RAS_INT_START[^\n]*\n(.*?)^\*RAS_INT_END", re.MULTILINE | re.DOTALL)
+_RAS_HEADER, _RAS_BEGIN, _RAS_END = b"*RAS_HEADER_START\n", b"*RAS_INT_START\n", b"*RAS_INT_END"
 _RASX_MEMBER = re.compile(r"root\.xml|Data\d+/[\w. ()+-]{1,100}\.(?:xml|txt)", re.IGNORECASE)
 _RASX_CONDITIONS = frozenset(
     ("WaveType", "WavelengthKalpha1", "WavelengthKalpha2", "WavelengthKbeta", "SampleName")
@@ -36,21 +35,21 @@ _RASX_CONDITIONS = frozenset(
 def read_ras(data: bytes) -> list[Measured]:
     """Scans in the order of the file; intensities times the attenuator's factor, the third column."""
     data = as_utf8(data).replace(b"\r\n", b"\n")
+    if (n_scans := data.count(_RAS_HEADER)) > MAX_SCANS:
+        raise InputError(f"scans: must be at most {MAX_SCANS}, got {n_scans}")
     scans = []
-    for match in _RAS_SCAN.finditer(data):
-        if len(scans) >= MAX_SCANS:
-            raise InputError(f"scans: must be at most {MAX_SCANS}, got more")
-        scan = match[0] + b"\n"
-        header = {
-            key.decode(): one_line(value) for key, value in _RAS_KEY.findall(scan.partition(b"*RAS_INT_")[0])
-        }
-        lines = [number_of(header.get(f"HW_XG_WAVE_LENGTH_{name}")) for name in ("ALPHA1", "ALPHA2", "BETA")]
-        radiation = _radiation(*lines, header.get("MEAS_COND_XG_WAVE_TYPE", ""))
-        scans.append(
-            Measured(header.get("FILE_SAMPLE", "").strip(), radiation, functools.partial(_read_ras, scan))
-        )
+    for block in data.split(_RAS_HEADER)[1:]:
+        header, begun, rest = block.partition(_RAS_BEGIN)
+        rows, ended, _ = rest.partition(_RAS_END)
+        if not (begun and ended):
+            raise InputError(f"scan {len(scans)}: must end with *RAS_INT_END, got a RAS file cut short")
+        stated = {key.decode(): one_line(value.strip(b' \t"')) for key, value in _RAS_KEY.findall(header)}
+        lines = [number_of(stated.get(f"HW_XG_WAVE_LENGTH_{name}")) for name in ("ALPHA1", "ALPHA2", "BETA")]
+        radiation = _radiation(*lines, stated.get("MEAS_COND_XG_WAVE_TYPE", ""))
+        read = functools.partial(_read_ras, header, rows)
+        scans.append(Measured(stated.get("FILE_SAMPLE", ""), radiation, read))
     if not scans:
-        raise InputError("scans: must be one or more, got a RAS file that ends before *RAS_INT_END")
+        raise InputError("scans: must be one or more, got a RAS file without")
     return scans
 
 
@@ -94,14 +93,15 @@ def _radiation(first: float, second: float, beta: float, kind: str) -> Radiation
     return first_line_alone(radiation) if kind == "ka1" else radiation
 
 
-def _read_ras(scan: bytes) -> Points:
-    # the count is written as 3001.0000, which geddes refuses; here the last point decides
-    two_theta, intensity = read_points(b"*RAS_DATA_START\n" + _RAS_COUNT.sub(b"", scan), ".ras")
-    count = _RAS_COUNT.search(scan)
-    declared = number_of(count[0].split(b" ", 1)[-1].strip(b' "\r')) if count else math.nan
+def _read_ras(header: bytes, rows: bytes) -> Points:
+    # the count is written as 3001.0000, which geddes refuses: it is compared here
+    whole = b"*RAS_DATA_START\n" + _RAS_HEADER + _RAS_COUNT.sub(b"", header) + _RAS_BEGIN + rows + _RAS_END
+    two_theta, intensity = read_points(whole, ".ras")
+    count = _RAS_COUNT.search(header)
+    declared = number_of(count[0].partition(b" ")[2].strip(b' "')) if count else math.nan
     if math.isfinite(declared) and declared != len(two_theta):
         raise InputError(f"points: must be as many as declared, {declared:g}, got {len(two_theta)}")
-    return two_theta, _times_attenuation(intensity, _RAS_POINTS.search(scan)[1])
+    return two_theta, _times_attenuation(intensity, rows)
 
 
 def _read_rasx(group: str, members: dict[str, bytes]) -> Points:

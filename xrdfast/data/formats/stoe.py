@@ -50,12 +50,13 @@ def _read_range(data: bytes, header_block: int, n_blocks: int) -> Points:
         raise InputError(
             f"range: must have points from start to end, got {n_points} from {start:g} to {stop:g} by {step:g}"
         )
-    width = 4 if 4 * n_points <= n_blocks * _BLOCK else 2
-    if width * n_points > n_blocks * _BLOCK:
-        raise InputError(f"points: must fill {n_blocks} blocks, got {n_points}")
-    counts = np.frombuffer(data, f"<i{width}", n_points, begin)
-    if highest > 0 and (counts.min(), counts.max()) != (lowest, highest):
-        raise InputError(
-            f"counts: must be the declared {lowest}..{highest}, got {counts.min()}..{counts.max()}"
-        )
-    return start + step * np.arange(n_points), counts / max(factor, 1.0)
+    # 16 or 32 bits: the code for it is not documented, the declared range of the counts is
+    for width in (4, 2):
+        if width * n_points > n_blocks * _BLOCK:
+            continue
+        counts = np.frombuffer(data, f"<i{width}", n_points, begin)
+        if highest <= 0 or (counts.min(), counts.max()) == (lowest, highest):
+            return start + step * np.arange(n_points), counts / max(factor, 1.0)
+    raise InputError(
+        f"counts: must be {n_points} in {n_blocks} blocks, from {lowest} to {highest}, got others"
+    )
