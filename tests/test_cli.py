@@ -378,4 +378,4 @@ def test_structure_round_trip(tmp_path, model):
     scan_file.write_text(scan(4000))
     answer = json.loads(succeed("predict", scan_file, "--model", model, "--json", "--radiation", "CuKa1"))
     assert answer["kind"] == "scan" and "peaks" in " ".join(answer["notes"])
-    assert answer["wavelength_source"] == "stated"
+    assert answer["wavelength_source"] == "given"

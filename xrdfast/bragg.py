@@ -24,6 +24,9 @@ _DOUBLETS = {
     "Ag": (0.55942178, 0.5638131),
 }
 KA1_WAVELENGTH = _DOUBLETS["Cu"][0]  # of every grid a model reads
+# A stated wavelength this near a tabulated one is that one: tables differ by 5e-5 (1.54056, 1.540593, 1.540598),
+# quoted means by 5e-5 (1.5418, 1.54184); K-alpha 1 and the mean are 8e-4 apart or more.
+_SAME_WAVELENGTH = 2e-4
 
 
 def radiations() -> dict[str, float]:
@@ -63,6 +66,81 @@ def wavelength_of(radiation: str | float) -> float:
     if not (math.isfinite(value) and value > 0.0):
         raise ValueError(f"wavelength_of: wavelength must be finite and > 0 Angstrom, got {radiation}")
     return value
+
+
+def doublet_anode(wavelength: float) -> str | None:
+    """The anode whose weighted K-alpha mean this is: such a number states the doublet, not one line.
+
+    Example:
+        >>> doublet_anode(1.5418), doublet_anode(1.5406)
+        ('Cu', None)
+    """
+    return _anode_of(wavelength, "Ka")
+
+
+@dataclass(frozen=True)
+class Radiation:
+    """What a pattern was measured with.
+
+    Attributes:
+        wavelength: Angstrom; of K-alpha 1 for a doublet.
+        name: "CuKa" for both lines of a doublet, "CuKa1" for the first alone, "" for any other radiation.
+    """
+
+    wavelength: float
+    name: str = ""
+
+    @property
+    def is_doublet(self) -> bool:
+        """Whether K-alpha 2 satellites go with it."""
+        return self.name.endswith("Ka")
+
+
+def radiation_of(stated: str | float) -> Radiation:
+    """Radiation that a name or a single number states; a weighted K-alpha mean means the doublet.
+
+    Raises:
+        ValueError: for an unknown name, or a number that is not finite and positive.
+
+    Example:
+        >>> radiation_of(1.54184)
+        Radiation(wavelength=1.54056, name='CuKa')
+        >>> radiation_of("CoKa1").wavelength, radiation_of(0.7).name
+        (1.788996, '')
+    """
+    wavelength = wavelength_of(stated)
+    if anode := doublet_anode(wavelength):
+        return Radiation(radiations()[f"{anode}Ka1"], f"{anode}Ka")
+    anode = _anode_of(wavelength, "Ka1")
+    return Radiation(wavelength, f"{anode}Ka1" if anode else "")
+
+
+def radiation_of_lines(first: float, second: float) -> Radiation:
+    """Radiation of two stated lines: a doublet where they are K-alpha 1 and 2 of an anode, else the first alone.
+
+    Raises:
+        ValueError: for a first wavelength that is not finite and positive.
+
+    Example:
+        >>> radiation_of_lines(1.540598, 1.544426)
+        Radiation(wavelength=1.540598, name='CuKa')
+        >>> radiation_of_lines(1.2079, 1.2084).name
+        ''
+    """
+    alone = radiation_of(first)
+    anode = _anode_of(alone.wavelength, "Ka1")
+    if anode and anode == _anode_of(second, "Ka2"):
+        return Radiation(alone.wavelength, f"{anode}Ka")
+    return alone
+
+
+def _anode_of(wavelength: float, line: str) -> str | None:
+    """The anode with this line, "Ka1", "Ka2" or their mean "Ka"."""
+    table = radiations()
+    for anode in _DOUBLETS:
+        if math.isclose(wavelength, table[anode + line], rel_tol=_SAME_WAVELENGTH):
+            return anode
+    return None
 
 
 def d_spacing_of(two_theta: ArrayLike, wavelength: float) -> NDArray[np.float64]:

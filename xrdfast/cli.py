@@ -437,14 +437,24 @@ def evaluate(
 @click.option("--kind", type=click.Choice(["auto", "sticks", "scan"]), default="auto", show_default=True)
 @_wavelength_option
 @click.option(
+    "--scan", type=click.IntRange(0), help="Which one, in a file of several; without it they are listed."
+)
+@click.option(
     "--top", default=5, show_default=True, type=click.IntRange(1, 230), help="Space groups to list."
 )
 @_file_option("--plot", help="Save a plot (.png, .pdf, .svg).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def predict(
-    file: Path, model: Path, kind: str, wavelength: float | None, top: int, plot: Path | None, as_json: bool
+    file: Path,
+    model: Path,
+    kind: str,
+    wavelength: float | None,
+    scan: int | None,
+    top: int,
+    plot: Path | None,
+    as_json: bool,
 ) -> None:
-    """Answers for one pattern (two columns: 2theta, intensity) or one structure (a round trip)."""
+    """Answers for one pattern (an instrument's file, or two columns of text) or one structure (a round trip)."""
     from xrdfast.errors import InputError
     from xrdfast.prediction import SymmetryPredictor
 
@@ -453,7 +463,7 @@ def predict(
             f"{model}: model: must be a run folder or model file (`xrdfast demo` trains one), got none"
         )
     predictor = SymmetryPredictor.load(model)
-    prediction = predictor.predict_file(file, kind=kind, wavelength=wavelength, n_candidates=top)
+    prediction = predictor.predict_file(file, kind=kind, wavelength=wavelength, scan=scan, n_candidates=top)
     if plot is not None:
         from xrdfast.report import save_plot
 
