@@ -127,7 +127,7 @@ class LocalBranch(nn.Module):
         for i, (block, stage) in enumerate(zip(self.blocks, plan.stages, strict=True)):
             x = block(x, stage)
             if i == MIDDLE_BLOCK:  # dense by now: rows go through the patterns of a position
-                self.middle(x.unflatten(0, (-1, len(intensity))).transpose(0, 1))
+                self.middle(x.unflatten(0, (MIDDLE_LENGTH, len(intensity))).transpose(0, 1))
             if i in DROPOUT_POOLS:
                 x = self.dropout(x)
         return self.project(x)
