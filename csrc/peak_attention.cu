@@ -17,8 +17,9 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kTile = 32;  // rows of shared memory; with width 64 in double the two tiles are 32 kB
-constexpr int kStep = 8;   // keys between two looks at the running maximum
-static_assert(kTile % kStep == 0, "whole steps");
+template <typename T>
+constexpr int kSteps = sizeof(T) == 8 ? 4 : 8;  // keys between two looks at the running maximum; 8 doubles would spill
+static_assert(kTile % kSteps<float> == 0 && kTile % kSteps<double> == 0, "whole steps");
 static_assert(kMaxPatches <= 65536, "places are 16-bit");
 // Features that a thread holds: the kernel for keys keeps four such rows, 128 registers.
 template <typename T>
@@ -176,7 +177,7 @@ __device__ __forceinline__ T score_scale(bool any, int width) {
 
 template <typename T, typename S, int kSplit>
 __global__ void __launch_bounds__(kThreads) attend(PeakAttentionParams<T, S> p) {
-    constexpr int kStride = kPacksARow<T, kSplit>;
+    constexpr int kStride = kPacksARow<T, kSplit>, kStep = kSteps<T>;
     XRD_DYNAMIC_SHARED(uint16_t, list);  // n_patches
     XRD_SHARED(int, partial, kThreads / 32);
     XRD_SHARED(Pack<T>, key_tile, (kTilePacks<T, kSplit>));
