@@ -35,11 +35,11 @@ def test_dsr_equals_the_formula_over_100_batches() -> None:
             logits = (3.0 * torch.randn(9, n_classes, generator=generator)).requires_grad_()
             got = dsr(logits)
             if before is None:
-                assert float(got) == 0.0
+                assert got.item() == 0.0
             else:
                 twin = logits.detach().double().requires_grad_()
                 want = 0.7 * kl_written_out(before, twin.sort(dim=1).values, 4.0)
-                assert float(got) == pytest.approx(float(want), rel=2e-4, abs=2e-6)
+                assert got.item() == pytest.approx(want.item(), rel=2e-4, abs=2e-6)
                 gradient = torch.autograd.grad(got, logits)[0]
                 torch.testing.assert_close(
                     gradient.double(), torch.autograd.grad(want, twin)[0], rtol=1e-4, atol=1e-7
@@ -53,7 +53,7 @@ def test_dsr_ignores_the_order_of_classes_and_is_zero_for_equal_ranks() -> None:
     dsr(logits)
     shuffled = torch.stack([row[torch.randperm(32)] for row in logits]).requires_grad_()
     loss = dsr(shuffled)
-    assert float(loss) == pytest.approx(0.0, abs=1e-6)
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
     assert float(torch.autograd.grad(loss, shuffled)[0].abs().max()) < 1e-6
 
 
@@ -119,8 +119,8 @@ def test_drg_teaches_the_deep_classifier_only() -> None:
     drg = DRGLoss(temperature=3.0, weight=0.4)
     loss = drg(deep, shallow, labels)
     entropy = nn.functional.cross_entropy(shallow, labels)
-    want = float(entropy) + 0.4 * float(kl_written_out(shallow, deep, 3.0))
-    assert float(loss) == pytest.approx(want, rel=1e-5)
+    want = entropy.item() + 0.4 * kl_written_out(shallow, deep, 3.0).item()
+    assert loss.item() == pytest.approx(want, rel=1e-5)
     loss.backward()
     torch.testing.assert_close(shallow.grad, torch.autograd.grad(entropy, shallow)[0])  # of the labels alone
     assert float(deep.grad.abs().max()) > 0

@@ -73,7 +73,7 @@ class DSRLoss(nn.Module):
     Example:
         >>> dsr = DSRLoss()
         >>> [round(float(dsr(torch.tensor([x]))), 3) for x in ([1.0, 2.0], [2.0, 1.0], [5.0, 1.0])]
-        [0.0, 0.0, 0.401]
+        [0.0, 0.0, 1.051]
     """
 
     previous: Tensor

@@ -337,6 +337,7 @@ void drive_patches(Random& random) {
     for (int64_t i = 0; i < width && !hostile; ++i) expect(std::isfinite(alone[i]), "features are finite");
 }
 
+template <typename T>
 Block<T> random_block(Random& random, int64_t n) {
     Block<T> block(n);
     for (int64_t i = 0; i < n; ++i) block[i] = static_cast<T>(random.real(-2, 2));

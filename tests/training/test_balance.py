@@ -209,7 +209,7 @@ def test_numbers_that_are_not_finite(method, bad):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: min_norm_weights(torch.eye(5)), r"min_norm_weights: gram must be \(\.\.\., T, T\)"),
+        (lambda: min_norm_weights(torch.eye(6)), r"min_norm_weights: gram must be \(\.\.\., T, T\)"),
         (lambda: min_norm_weights(torch.ones(3)), "min_norm_weights: gram must be"),
         (lambda: mgda_weights(torch.ones(3), torch.ones(3, 2)), "mgda_weights: gram must be"),
         (lambda: mgda_weights(torch.ones(2), torch.eye(3)), r"losses must be \(3,\) as gram, got \(2,\)"),

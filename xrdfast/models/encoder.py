@@ -29,9 +29,7 @@ LOCAL_WIDTHS = (32, 32, 64, 128, 128, 256, 256, 512, 512, 1024, 1024, 1024, 1024
 N_MAX_POOLS = 4  # the first four pools take the maximum, the others the average
 PADDED_POOLS = frozenset({4, 6, 7})  # pools (counted from 0) with one padding zero at each end
 DROPOUT_POOLS = frozenset({9, 10, 11})  # pools followed by dropout
-MIDDLE_BLOCK = (
-    6  # the pool of this block gives the map (67 positions, 256 channels) of an auxiliary classifier
-)
+MIDDLE_BLOCK, MIDDLE_LENGTH = 6, 67  # the pool after this block gives the map of an auxiliary classifier
 
 PATCH_POINTS = 10
 PATCH_CHANNELS = (1, 2, 4, 8, 16)

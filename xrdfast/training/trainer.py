@@ -228,7 +228,7 @@ class Trainer:
         self.optimizer.step()
         # The first averages must not cling to the initial weights.
         decay = min(train.ema_decay, self.step / (self.step + 9.0))
-        torch._foreach_lerp_(list(self.averaged.parameters()), self._parameters, 1.0 - decay)
+        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1.0 - decay)
         return result.losses, result.weights, finite
 
     def _validate(self) -> None:
