@@ -372,7 +372,8 @@ XRDFAST_CLONES void pass_to_blank(const PeakNormParams<T>& p, const T* scale, co
     for (const int64_t j : takers) pass_gradient<T, true>(p, scale, grads, j, c0, c1, room);
 }
 
-// Sums over rows [begin, end) of dL/dz and of dL/dz times the normalised h.
+// Sums over rows [begin, end) of dL/dz and of dL/dz times the normalised h. A row that counts for no sample is not left
+// out: a blank row where every pattern has its own still stands for those of its blank neighbours' inputs.
 template <typename T>
 XRDFAST_CLONES void sum_gradients(const PeakNormParams<T>& p, const T* __restrict rstd, const T* grad_z, int64_t begin,
                                   int64_t end, T* __restrict plain, T* __restrict scaled) {
@@ -380,7 +381,6 @@ XRDFAST_CLONES void sum_gradients(const PeakNormParams<T>& p, const T* __restric
     std::fill_n(plain, n, T(0));
     std::fill_n(scaled, n, T(0));
     for (int64_t r = begin; r < end; ++r) {
-        if (p.count && p.count[r] == 0.0f) continue;
         const T *g = grad_z + r * n, *h = p.h + r * n, *mean = p.mean;
 #pragma omp simd
         for (int64_t c = 0; c < n; ++c) {
@@ -400,10 +400,6 @@ XRDFAST_CLONES void input_gradients(const PeakNormParams<T>& p, const T* __restr
         T* __restrict to = grads.grad_h + r * n;
         const T *g = grads.grad_residual + r * n, *h = p.h + r * n;
         const T weight = (p.count ? static_cast<T>(p.count[r]) : T(1)) * inverse;
-        if (p.count && p.count[r] == 0.0f) {
-            std::fill_n(to, n, T(0));
-            continue;
-        }
 #pragma omp simd
         for (int64_t c = 0; c < n; ++c)
             to[c] = scale[c] * (g[c] - weight * (plain[c] + (h[c] - mean[c]) * rstd[c] * scaled[c]));
