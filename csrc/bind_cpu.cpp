@@ -114,6 +114,18 @@ void bind_peak_conv(py::module_& m, const std::string& type) {
         },
         unlocked);
     m.def(
+        ("peak_stage_" + type).c_str(),
+        [](uintptr_t x, uintptr_t first, uintptr_t second, uintptr_t widen, uintptr_t offset1, uintptr_t offset2,
+           uintptr_t halo, uintptr_t pairs, uintptr_t y, uintptr_t out, int64_t n_rows, int64_t n_rows_out,
+           int64_t n_in, int64_t n_channels, int64_t n_touched, int64_t shift, bool maximum, int n_threads) {
+            peak_stage_cpu<T>({at<const T>(x), at<const T>(first), at<const T>(second), at<const T>(widen),
+                               at<const T>(offset1), at<const T>(offset2), at<const int32_t>(halo),
+                               at<const int32_t>(pairs), at<T>(y), at<T>(out), n_rows, n_rows_out, n_in, n_channels,
+                               n_touched, shift, maximum},
+                              n_threads);
+        },
+        unlocked);
+    m.def(
         ("peak_conv_weight_" + type).c_str(),
         [](uintptr_t x, uintptr_t grad_out, uintptr_t grad_weight, int64_t n_rows, int64_t n_in, int64_t n_out,
            int64_t shift, int n_threads) {

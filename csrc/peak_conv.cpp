@@ -69,68 +69,123 @@ XRDFAST_INLINE void multiply_add(Vector<T> (&sums)[kRows][2], const T* __restric
     }
 }
 
-// The weights as (n_panels, 3, n_in, kPanel), with zeros beyond n_out.
+// Weights (n_matrices, n_in, n_out) as (n_matrices, n_panels, n_in, kPanel), with zeros beyond n_out.
 template <typename T>
-std::vector<T> packed_weights(const PeakConvParams<T>& p) {
-    const int64_t n_panels = (p.n_out + kPanel<T> - 1) / kPanel<T>, n_terms = kTaps * p.n_in;
-    std::vector<T> packed(n_panels * n_terms * kPanel<T>, T(0));
-    for (int64_t panel = 0; panel < n_panels; ++panel)
-        for (int64_t term = 0; term < n_terms; ++term)
-            std::copy_n(p.weight + term * p.n_out + panel * kPanel<T>,
-                        std::min<int64_t>(kPanel<T>, p.n_out - panel * kPanel<T>),
-                        packed.data() + (panel * n_terms + term) * kPanel<T>);
-    return packed;
+struct PackedWeights {
+    int64_t size;  // of a matrix
+    std::vector<T> numbers;
+
+    PackedWeights(const T* weight, int64_t n_matrices, int64_t n_in, int64_t n_out)
+        : size((n_out + kPanel<T> - 1) / kPanel<T> * kPanel<T> * n_in), numbers(n_matrices * size, T(0)) {
+        for (int64_t row = 0; row < n_matrices * n_in; ++row)
+            for (int64_t column = 0; column < n_out; ++column)
+                numbers[row / n_in * size + column / kPanel<T> * kPanel<T> * n_in + row % n_in * kPanel<T> +
+                        column % kPanel<T>] = weight[row * n_out + column];
+    }
+    const T* matrix(int64_t i) const { return numbers.data() + i * size; }
+};
+
+template <typename T>
+XRDFAST_INLINE T leaky(T z) {
+    return z > T(0) ? z : static_cast<T>(kNegativeSlope) * z;
 }
 
+// Rows of a factor of a product: `n` numbers each, `stride` apart, and the packed weights they meet.
+template <typename T>
+struct Factor {
+    const T* rows;
+    int64_t stride, n;
+    const T* packed;
+};
+
+// What happens to sums before they are stored. Plain: nothing.
+template <typename T>
+struct Finish {
+    const T* offset;    // (n_out), null for a plain product; else LeakyReLU follows
+    const T* residual;  // rows `stride` apart, or null
+    int64_t stride;
+};
+
+// kRows rows and one panel of columns of a sum of products.
 template <typename T, int kRows>
-XRDFAST_INLINE void convolve_tile(const T* const (&rows)[kTaps], int64_t n_in, const T* panel, T* out, int64_t n_out,
-                                  int64_t n_columns) {
+XRDFAST_INLINE void multiply_tile(const Factor<T>* factors, int n_factors, int64_t row, int64_t column,
+                                  int64_t n_columns, const Finish<T>& finish, T* out, int64_t out_stride) {
     Vector<T> sums[kRows][2] = {};
-    for (int tap = 0; tap < kTaps; ++tap)
-        multiply_add<T, kRows>(sums, rows[tap], n_in, n_in, panel + tap * n_in * kPanel<T>);
+    for (int f = 0; f < n_factors; ++f)
+        multiply_add<T, kRows>(sums, factors[f].rows + row * factors[f].stride, factors[f].stride, factors[f].n,
+                               factors[f].packed + column * factors[f].n);
+    out += row * out_stride + column;
+    const T* residual = finish.residual ? finish.residual + row * finish.stride + column : nullptr;
+    const T* offset = finish.offset ? finish.offset + column : nullptr;
     for (int i = 0; i < kRows; ++i) {
         if (n_columns == kPanel<T>) {
-            store(out + i * n_out, sums[i][0]);
-            store(out + i * n_out + kLanes<T>, sums[i][1]);
-        } else {
-            T whole[kPanel<T>];
-            store(whole, sums[i][0]);
-            store(whole + kLanes<T>, sums[i][1]);
-            std::memcpy(out + i * n_out, whole, static_cast<size_t>(n_columns) * sizeof(T));
+            for (int half = 0; half < 2; ++half) {
+                const int64_t at = half * kLanes<T>;
+                Vector<T> sum = sums[i][half];
+                if (offset) {
+                    sum += load(offset + at);
+                    if (residual) sum += load(residual + i * finish.stride + at);
+                    sum = sum > T(0) ? sum : sum * static_cast<T>(kNegativeSlope);
+                }
+                store(out + i * out_stride + at, sum);
+            }
+            continue;
+        }
+        T whole[kPanel<T>];
+        store(whole, sums[i][0]);
+        store(whole + kLanes<T>, sums[i][1]);
+        for (int64_t c = 0; c < n_columns; ++c) {
+            const T more = residual ? residual[i * finish.stride + c] : T(0);
+            out[i * out_stride + c] = offset ? leaky(whole[c] + offset[c] + more) : whole[c];
         }
     }
 }
 
-// Rows [begin, end) of the convolution. `room` holds 3 * kTileRows * n_in numbers.
+// n_rows rows of a sum of products, (n_rows, n_out).
 template <typename T>
-XRDFAST_CLONES void convolve_rows(const PeakConvParams<T>& p, const T* packed, int64_t begin, int64_t end, T* room) {
-    for (int64_t first_column = 0; first_column < p.n_out; first_column += kPanel<T>) {
-        const T* panel = packed + first_column * kTaps * p.n_in;
-        const int64_t n_columns = std::min<int64_t>(kPanel<T>, p.n_out - first_column);
-        for (int64_t r = begin; r < end;) {
-            const int64_t n = end - r >= kTileRows ? kTileRows : end - r >= 4 ? 4 : 1;
-            const T* rows[kTaps];
-            for (int tap = 0; tap < kTaps; ++tap) {
-                const int64_t from = r + (tap - 1) * p.shift;
-                rows[tap] = p.x + from * p.n_in;
-                if (from >= 0 && from + n <= p.n_rows) continue;
-                T* padded = room + tap * kTileRows * p.n_in;
-                for (int64_t i = 0; i < n; ++i)
-                    for (int64_t c = 0; c < p.n_in; ++c)
-                        padded[i * p.n_in + c] =
-                            from + i >= 0 && from + i < p.n_rows ? p.x[(from + i) * p.n_in + c] : T(0);
-                rows[tap] = padded;
-            }
-            T* out = p.out + r * p.n_out + first_column;
-            if (n == kTileRows)
-                convolve_tile<T, kTileRows>(rows, p.n_in, panel, out, p.n_out, n_columns);
-            else if (n == 4)
-                convolve_tile<T, 4>(rows, p.n_in, panel, out, p.n_out, n_columns);
-            else
-                convolve_tile<T, 1>(rows, p.n_in, panel, out, p.n_out, n_columns);
-            r += n;
-        }
+XRDFAST_CLONES void multiply_rows(const Factor<T>* factors, int n_factors, int64_t n_rows, int64_t n_out,
+                                  const Finish<T>& finish, T* out, int64_t out_stride) {
+    for (int64_t column = 0; column < n_out; column += kPanel<T>) {
+        const int64_t n_columns = std::min<int64_t>(kPanel<T>, n_out - column);
+        int64_t row = 0;
+        for (; row + kTileRows <= n_rows; row += kTileRows)
+            multiply_tile<T, kTileRows>(factors, n_factors, row, column, n_columns, finish, out, out_stride);
+        for (; row + 4 <= n_rows; row += 4)
+            multiply_tile<T, 4>(factors, n_factors, row, column, n_columns, finish, out, out_stride);
+        for (; row + 2 <= n_rows; row += 2)
+            multiply_tile<T, 2>(factors, n_factors, row, column, n_columns, finish, out, out_stride);
+        for (; row < n_rows; ++row)
+            multiply_tile<T, 1>(factors, n_factors, row, column, n_columns, finish, out, out_stride);
     }
+}
+
+// Rows that are neighbours of each other, `stride` numbers apart; zero beyond both ends.
+template <typename T>
+struct Sequence {
+    const T* rows;
+    int64_t stride, n_rows;
+};
+
+// Rows [begin, end) of a 3-wide convolution of a sequence, and what follows. `zeros` are a row of x.
+template <typename T>
+void convolve_rows(const Sequence<T>& x, int64_t n_in, const PackedWeights<T>& weights, int64_t n_out, int64_t shift,
+                   int64_t begin, int64_t end, const Finish<T>& finish, T* out, int64_t out_stride, const T* zeros) {
+    const auto some = [&](int64_t from, int64_t to) {
+        Factor<T> factors[kTaps];
+        for (int tap = 0; tap < kTaps; ++tap) {
+            const int64_t first = from + (tap - 1) * shift;
+            const bool beyond = first < 0 || first >= x.n_rows;
+            factors[tap] = {beyond ? zeros : x.rows + first * x.stride, x.stride, n_in, weights.matrix(tap)};
+        }
+        multiply_rows(factors, kTaps, to - from, n_out, finish, out + (from - begin) * out_stride, out_stride);
+    };
+    // Where a tap meets zeros, rows go one by one.
+    const int64_t reach = shift < 0 ? -shift : shift;
+    const int64_t inner_begin = std::min(end, std::max(begin, reach));
+    const int64_t inner_end = std::max(inner_begin, std::min(end, x.n_rows - reach));
+    for (int64_t r = begin; r < inner_begin; ++r) some(r, r + 1);
+    if (inner_begin < inner_end) some(inner_begin, inner_end);
+    for (int64_t r = inner_end; r < end; ++r) some(r, r + 1);
 }
 
 // sums (kRows channels of x, kPanel of grad_out) += the outer products of rows [begin, end); `shift` leads to x's rows.
@@ -260,11 +315,6 @@ void batch_moments(const PeakNormParams<T>& p, int n_threads) {
     }
 }
 
-template <typename T>
-XRDFAST_INLINE T leaky(T z) {
-    return z > T(0) ? z : static_cast<T>(kNegativeSlope) * z;
-}
-
 // z of one row, the argument of LeakyReLU.
 template <typename T>
 XRDFAST_INLINE void row_arguments(const PeakNormParams<T>& p, const T* __restrict scale, int64_t row, T* __restrict z) {
@@ -308,6 +358,24 @@ XRDFAST_CLONES void norm_rows(const PeakNormParams<T>& p, const T* scale, int64_
         } else {
 #pragma omp simd
             for (int64_t c = 0; c < n; ++c) y[c] = T(0.5) * (y[c] + room[c]);
+        }
+    }
+}
+
+// Rows [begin, end) of the pool of a whole stage.
+template <typename T>
+XRDFAST_CLONES void pool_rows(const PeakStageParams<T>& p, int64_t begin, int64_t end, const T* zeros) {
+    const int64_t n = p.n_channels;
+    for (int64_t j = begin; j < end; ++j) {
+        const int64_t first = p.pairs[j], second = p.pairs[p.n_rows_out + j];
+        const T *a = first < 0 ? zeros : p.y + first * n, *b = second < 0 ? zeros : p.y + second * n;
+        T* __restrict out = p.out + j * n;
+        if (p.maximum) {
+#pragma omp simd
+            for (int64_t c = 0; c < n; ++c) out[c] = (b[c] > a[c]) | (b[c] != b[c]) ? b[c] : a[c];
+        } else {
+#pragma omp simd
+            for (int64_t c = 0; c < n; ++c) out[c] = T(0.5) * (a[c] + b[c]);
         }
     }
 }
@@ -670,14 +738,64 @@ void peak_plan_cpu(const PeakPlanParams<T>& p) {
 
 template <typename T>
 void peak_conv_cpu(const PeakConvParams<T>& p, int n_threads) {
-    const std::vector<T> packed = packed_weights(p);
+    const PackedWeights<T> weights(p.weight, kTaps, p.n_in, p.n_out);
+    const std::vector<T> zeros(p.n_in, T(0));
     const int64_t n_blocks = blocks_of(p.n_rows, kBlockRows);
-#pragma omp parallel num_threads(n_threads) if (n_threads > 1 && n_blocks > 1)
+    const Sequence<T> x{p.x, p.n_in, p.n_rows};
+#pragma omp parallel for schedule(static) num_threads(n_threads) if (n_threads > 1 && n_blocks > 1)
+    for (int64_t b = 0; b < n_blocks; ++b)
+        convolve_rows(x, p.n_in, weights, p.n_out, p.shift, b * kBlockRows, std::min(p.n_rows, (b + 1) * kBlockRows),
+                      Finish<T>{nullptr, nullptr, 0}, p.out + b * kBlockRows * p.n_out, p.n_out, zeros.data());
+}
+
+template <typename T>
+void peak_stage_cpu(const PeakStageParams<T>& p, int n_threads) {
+    const int64_t n = p.n_channels;
+    const PackedWeights<T> first(p.first, kTaps, p.n_in, n), second(p.second, kTaps, n, n);
+    const PackedWeights<T> widen(p.widen, p.widen ? 1 : 0, p.n_in, n);
+    const std::vector<T> zeros(std::max(p.n_in, n), T(0));
+    // The interleaved patterns of a dense list are sequences of their own; a packed list is one.
+    const auto sequence = [&](int64_t i) {
+        return Sequence<T>{p.x + i * p.n_in, p.shift * p.n_in, p.n_rows / p.shift};
+    };
+    const Finish<T> activate{p.offset1, nullptr, 0};
+    const int64_t blank = p.n_touched + 1, n_blank = std::max<int64_t>(0, p.n_rows - blank - 1);
+    std::vector<T> blank_inner(n_blank * n);  // what the second convolution meets in the halos
+    const int64_t n_blank_blocks = blocks_of(n_blank, kBlockRows);
+    const int64_t n_rows = p.n_rows / p.shift, n_blocks = blocks_of(n_rows, kBlockRows);
+    const int64_t n_pools = blocks_of(p.n_rows_out, kSumRows);
+#pragma omp parallel num_threads(n_threads) if (n_threads > 1)
     {
-        std::vector<T> room(kTaps * kTileRows * p.n_in);
+        std::vector<T> inner((kBlockRows + 2) * n);
 #pragma omp for schedule(static)
-        for (int64_t b = 0; b < n_blocks; ++b)
-            convolve_rows(p, packed.data(), b * kBlockRows, std::min(p.n_rows, (b + 1) * kBlockRows), room.data());
+        for (int64_t b = 0; b < n_blank_blocks; ++b)
+            convolve_rows(sequence(0), p.n_in, first, n, 1, blank + b * kBlockRows,
+                          blank + std::min(n_blank, (b + 1) * kBlockRows), activate,
+                          blank_inner.data() + b * kBlockRows * n, n, zeros.data());
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < p.shift * n_blocks; ++i) {
+            const int64_t begin = i % n_blocks * kBlockRows, end = std::min(n_rows, begin + kBlockRows);
+            const Sequence<T> x = sequence(i / n_blocks);
+            const int64_t from = std::max<int64_t>(0, begin - 1), to = std::min(n_rows, end + 1);
+            std::fill_n(inner.data(), n, T(0));
+            std::fill_n(inner.data() + (end - begin + 1) * n, n, T(0));
+            convolve_rows(x, p.n_in, first, n, 1, from, to, activate, inner.data() + (from - begin + 1) * n, n,
+                          zeros.data());
+            for (int64_t r = from; p.halo && r < to; ++r)
+                if (p.halo[r] != r)
+                    std::copy_n(p.halo[r] < 0 ? zeros.data() : blank_inner.data() + (p.halo[r] - blank) * n, n,
+                                inner.data() + (r - begin + 1) * n);
+            const T* own = x.rows + begin * x.stride;
+            Factor<T> factors[kTaps + 1] = {};
+            for (int tap = 0; tap < kTaps; ++tap) factors[tap] = {inner.data() + tap * n, n, n, second.matrix(tap)};
+            if (p.widen) factors[kTaps] = {own, x.stride, p.n_in, widen.matrix(0)};
+            const Finish<T> finish{p.offset2, p.widen ? nullptr : own, x.stride};
+            multiply_rows(factors, p.widen ? kTaps + 1 : kTaps, end - begin, n, finish,
+                          p.y + (begin * p.shift + i / n_blocks) * n, p.shift * n);
+        }
+#pragma omp for schedule(static)
+        for (int64_t b = 0; b < n_pools; ++b)
+            pool_rows(p, b * kSumRows, std::min(p.n_rows_out, (b + 1) * kSumRows), zeros.data());
     }
 }
 
@@ -819,7 +937,9 @@ void peak_norm_backward_cpu(const PeakNormParams<T>& p, const PeakNormGrads<T>& 
 template void peak_plan_cpu(const PeakPlanParams<float>&);
 template void peak_plan_cpu(const PeakPlanParams<double>&);
 template void peak_conv_cpu(const PeakConvParams<float>&, int);
+template void peak_stage_cpu(const PeakStageParams<float>&, int);
 template void peak_conv_cpu(const PeakConvParams<double>&, int);
+template void peak_stage_cpu(const PeakStageParams<double>&, int);
 template void peak_conv_weight_cpu(const PeakConvWeightParams<float>&, int);
 template void peak_conv_weight_cpu(const PeakConvWeightParams<double>&, int);
 template void winograd_input_cpu(const WinogradParams<float>&, int);

@@ -111,6 +111,33 @@ struct PeakNormGrads {
 template <typename T>
 void peak_norm_backward_cpu(const PeakNormParams<T>& params, const PeakNormGrads<T>& grads, int n_threads);
 
+// A whole stage in evaluation mode, for channels few enough that a piece of the list stays in cache from the first
+// convolution to the second: y = LeakyReLU(LeakyReLU(x * first + offset1) * second + offset2 + x widen), then the pool.
+// The norms' factors are in the weights, the rest of them in the offsets.
+template <typename T>
+struct PeakStageParams {
+    const T* x;            // (n_rows, n_in)
+    const T* first;        // (3, n_in, n_channels)
+    const T* second;       // (3, n_channels, n_channels)
+    const T* widen;        // (n_in, n_channels), or null where n_in is n_channels
+    const T* offset1;      // (n_channels)
+    const T* offset2;      // (n_channels)
+    const int32_t* halo;   // (n_rows) the row whose value a row has, -1: zero; null where `shift` is not 1
+    const int32_t* pairs;  // (2, n_rows_out) rows that the pool joins, -1: zero
+    T* y;                  // (n_rows, n_channels) room for the rows before the pool
+    T* out;                // (n_rows_out, n_channels)
+    int64_t n_rows;
+    int64_t n_rows_out;
+    int64_t n_in;
+    int64_t n_channels;
+    int64_t n_touched;  // rows before the blank pattern
+    int64_t shift;      // rows from a position to the next, > 0: as many patterns lie interleaved
+    bool maximum;       // of a pair, else the mean
+};
+
+template <typename T>
+void peak_stage_cpu(const PeakStageParams<T>& params, int n_threads);
+
 constexpr int64_t kNormParts = 128;  // partial sums over rows that the CUDA kernels write and join
 
 // What the CUDA kernels work in.

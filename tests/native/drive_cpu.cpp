@@ -347,7 +347,7 @@ Block<T> random_block(Random& random, int64_t n) {
 // Convolution and norm of one stage, with exact buffers. `take` is (n_take, n_rows_out), or nothing.
 template <typename T>
 void drive_stage(Random& random, int64_t n_rows, int64_t shift, int64_t n_touched, double total, const float* count,
-                 const int32_t* take, int n_take, int64_t n_rows_out) {
+                 const int32_t* halo, const int32_t* take, int n_take, int64_t n_rows_out) {
     const int64_t n_in = random.integer(1, 40), n = random.integer(1, 70);
     Block<T> x = random_block<T>(random, n_rows * n_in), weight = random_block<T>(random, 3 * n_in * n);
     if (n_rows > 0 && random.one_in(4)) x[random.integer(0, x.size() - 1)] = static_cast<T>(random.hostile());
@@ -375,8 +375,17 @@ void drive_stage(Random& random, int64_t n_rows, int64_t shift, int64_t n_touche
     peak_norm_cpu(norm, out.get(), 1);
     peak_norm_backward_cpu(norm, {grad_out.get(), grad_h.get(), grad_residual.get(), grad_gamma.get(),
                                   grad_beta.get()}, 1);
-    for (int64_t r = 0; count && r < n_rows; ++r)
-        for (int64_t c = 0; count[r] == 0.0f && c < n; ++c)
+    if (n_take == 2 && shift > 0) {
+        const bool widens = n_in != n || random.one_in(2);
+        const Block<T> first = random_block<T>(random, 3 * n_in * n), second = random_block<T>(random, 3 * n * n);
+        const Block<T> widen = random_block<T>(random, widens ? n_in * n : 0), y(n_rows * n);
+        peak_stage_cpu<T>({x.get(), first.get(), second.get(), widens ? widen.get() : nullptr, beta.get(), gamma.get(),
+                           halo, take, y.get(), out.get(), n_rows, n_rows_out, n_in, n, n_touched, shift,
+                           random.one_in(2)},
+                          1);
+    }
+    for (int64_t r = 0; halo && r < n_rows; ++r)
+        for (int64_t c = 0; halo[r] != r && c < n; ++c)
             expect(grad_h[r * n + c] == T(0), "no gradient reaches a halo");
 }
 
@@ -401,7 +410,7 @@ void drive_peak_conv(Random& random) {
         const bool packed = stage < packed_stages && n_rows[stage] > 0;
         if (!packed) {
             drive_stage<T>(random, n_patterns * here, n_patterns, n_patterns * here,
-                           static_cast<double>(n_patterns * here), nullptr, nullptr, 1, n_patterns * here);
+                           static_cast<double>(n_patterns * here), nullptr, nullptr, nullptr, 1, n_patterns * here);
             return;
         }
         const bool packed_next = stage + 1 < packed_stages && n_rows[stage + 1] > 0;
@@ -421,8 +430,8 @@ void drive_peak_conv(Random& random) {
         expect(total == static_cast<double>(n_patterns * here), "every sample is some row's");
         for (int64_t j = 0; j < 2 * taken; ++j) expect(joined[j] >= -1 && joined[j] < rows, "a pool joins rows");
         const int64_t n_touched = rows - here - 2;
-        drive_stage<T>(random, rows, 1, n_touched, total, samples.get(), holder.get(), 1, rows);
-        drive_stage<T>(random, rows, 1, n_touched, total, samples.get(), joined.get(), 2, taken);
+        drive_stage<T>(random, rows, 1, n_touched, total, samples.get(), holder.get(), holder.get(), 1, rows);
+        drive_stage<T>(random, rows, 1, n_touched, total, samples.get(), holder.get(), joined.get(), 2, taken);
         here = next;
     }
 }

@@ -294,6 +294,37 @@ def test_convolution_equals_the_reference(dtype, n_rows: int, n_in: int, n_out: 
         assert (mine - exact).abs().max() <= bound
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("n_patterns", "length", "packed"), [(1, 200, 0), (7, 200, 1), (3, 131, 0), (20, 700, 1)]
+)
+@pytest.mark.parametrize(("n_in", "width"), [(2, 8), (40, 40), (32, 64), (8, 150)])
+@pytest.mark.parametrize("pool", ["max", "mean"])
+def test_a_whole_stage_equals_its_parts(
+    dtype, pool, n_in: int, width: int, n_patterns, length, packed
+) -> None:
+    """In evaluation mode; lists of more rows than one piece, packed and dense, thin and wide."""
+    intensity = sticks(n_patterns, length)
+    stage = plan_rows(intensity, (int(pool == "mean"),), packed_stages=packed).stages[0]
+    assert (stage.count is not None) == bool(packed)
+    n_rows = stage.n_touched if stage.count is None else len(stage.count)
+    generator = rng(width)
+    shapes = [(n_rows, n_in), (3, n_in, width), (3, width, width), (n_in, width), *[(width,)] * 4]
+    exact = [torch.randn(*s, generator=generator, dtype=torch.float64) / max(1, s[0]) ** 0.25 for s in shapes]
+    results = []
+    for kind, run in (
+        (torch.float64, ops.peak_stage_reference),
+        (dtype, ops.peak_stage_reference),
+        (dtype, torch.ops.xrdfast.peak_stage),
+    ):
+        x, first, second, widen, *channels = (t.to(kind) for t in exact)
+        settings = (stage.halo, stage.pairs, stage.shift, stage.n_touched, pool == "max")
+        results.append(run(x, first, second, None if n_in == width else widen, *channels, *settings))
+    want, usual, got = results
+    bound = 2 * (usual - want).abs().max() + 16 * torch.finfo(dtype).eps * want.abs().max()
+    assert (got - want).abs().max() <= bound
+
+
 def test_numbers_do_not_depend_on_threads() -> None:
     stage, tensors = norm_case(6, 40, "max", True, torch.float32)
     arguments = norm_call(stage, tensors, "max", True, True)
@@ -353,6 +384,11 @@ def test_opcheck(dtype) -> None:
         stage, tensors = norm_case(7, 3, pool, packed, dtype)
         arguments = norm_call(stage, [t.requires_grad_() for t in tensors], pool, True, True)
         torch.library.opcheck(torch.ops.xrdfast.peak_norm, arguments)
+    stage = plan_rows(sticks(7, 200), (0, 1), packed_stages=1).stages[0]
+    shapes = [(len(stage.count), 4), (3, 4, 6), (3, 6, 6), (4, 6), *[(6,)] * 4]
+    tensors = [torch.randn(*shape, dtype=dtype) for shape in shapes]
+    settings = (stage.halo, stage.pairs, stage.shift, stage.n_touched, True)
+    torch.library.opcheck(torch.ops.xrdfast.peak_stage, (*tensors, *settings))
 
 
 @pytest.mark.long

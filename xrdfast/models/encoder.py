@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xrdfast.ops.peak_attention import encode_patches, peak_attention
-from xrdfast.ops.peak_conv import Plan, Stage, peak_conv, peak_norm, plan_rows
+from xrdfast.ops.peak_conv import Plan, Stage, peak_conv, peak_norm, peak_stage, plan_rows
 
 # The published grid: 8,500 points of 0.01 degrees from 5 degrees two_theta up to, not including, 90 degrees.
 N_POINTS = 8500
@@ -63,17 +63,29 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, stage: Stage) -> Tensor:
         """Returns the rows of the next stage, (n_rows, out_channels), from x (n_rows, in_channels)."""
         first, second = (conv.weight.permute(2, 1, 0) for conv in (self.conv1, self.conv2))
-        if isinstance(self.widen, nn.Identity):
-            wide, inner = x, peak_conv(x, first, stage.shift)
-        else:
-            matrix = self.widen.weight[..., 0].T
-            wide = x @ matrix
-            # Widening has no bias, so it and the convolution are one convolution from the narrow width. Forming
-            # that costs as much as it saves on `out_channels` rows.
-            folds = len(x) > len(first)
-            inner = peak_conv(*((x, (first.mT @ matrix.mT).mT) if folds else (wide, first)), stage.shift)
-        inner = normalise(self.norm1, inner, stage)
+        matrix = None if isinstance(self.widen, nn.Identity) else self.widen.weight[..., 0].T
+        # Widening has no bias, so it and the convolution are one convolution from the narrow width. Forming that costs
+        # as much as it saves on `out_channels` rows.
+        folds = matrix is not None and len(x) > second.shape[-1]
+        if folds:
+            first = (first.mT @ matrix.mT).mT
+        if (folds or matrix is None) and self._only_evaluates(x):
+            norms = [_scale_and_offset(norm) for norm in (self.norm1, self.norm2)]
+            return peak_stage(x, first, second, matrix, norms, stage, pool=self.pool)
+        wide = x if matrix is None else x @ matrix
+        inner = normalise(self.norm1, peak_conv(x if folds else wide, first, stage.shift), stage)
         return normalise(self.norm2, peak_conv(inner, second, stage.shift), stage, wide, self.pool)
+
+    def _only_evaluates(self, x: Tensor) -> bool:
+        """Running statistics, no gradient, and the dtype of the parameters."""
+        trains = self.norm1.training or self.norm2.training or torch.is_grad_enabled()
+        return not trains and not torch.is_autocast_enabled(x.device.type)
+
+
+def _scale_and_offset(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
+    """The affine map that a batch norm is with its running statistics."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
 
 
 def normalise(

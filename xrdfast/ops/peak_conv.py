@@ -47,9 +47,10 @@ MAX_GAP = 2
 _REACH = 2  # positions that two 3-wide convolutions see to each side
 # Wider convolutions are matrix products large enough for the library.
 MAX_NATIVE_WIDTH = 128
-# Fewer rows are not worth Winograd's transforms; the planes of a piece stay in cache (4 MB in float32).
+# Fewer rows are not worth Winograd's transforms.
 _WINOGRAD_ROWS = 512
-_PLANE_NUMBERS = 1 << 18  # a plane
+# Rows of a piece's products: enough for the library, and planes that stay in cache (at 256 channels 4 MB in float32).
+_PIECE_ROWS = 512
 _NORM_PARTS = 128  # kNormParts of csrc/peak_conv.h
 _NATIVE_DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
@@ -63,6 +64,12 @@ LIBRARY.define(
     "peak_norm_backward(Tensor grad_out, Tensor h, Tensor? residual, Tensor gamma, Tensor beta, Tensor mean, "
     "Tensor var, float eps, Tensor? count, float total, Tensor? take, int n_touched, bool maximum, bool batch) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+LIBRARY.define(
+    "peak_stage(Tensor x, Tensor first, Tensor second, Tensor? widen, Tensor scale1, Tensor offset1, Tensor scale2, "
+    "Tensor offset2, Tensor? halo, Tensor pairs, int shift, int n_touched, bool maximum) -> Tensor"
 )
 
 
@@ -327,6 +334,89 @@ def peak_conv(
     return torch.ops.xrdfast.peak_conv(x, weight, shift)
 
 
+def peak_stage(
+    x: Tensor,  # (n_rows, in_channels)
+    first: Tensor,  # (3, in_channels, channels)
+    second: Tensor,  # (3, channels, channels)
+    widen: Tensor | None,  # (in_channels, channels)
+    norms: Sequence[tuple[Tensor, Tensor]],  # two, of (channels,) each
+    stage: Stage,
+    *,
+    pool: str,
+) -> Tensor:
+    """A whole residual block in evaluation mode and its pool, without the rows in between ever leaving the cache.
+
+        y = LeakyReLU(scale2 conv(LeakyReLU(scale1 conv(x, first) + offset1), second) + offset2 + x widen)
+
+    What `peak_conv` and `peak_norm` give one after the other, which it falls back to on wide blocks and GPUs.
+
+    Args:
+        x: float32 or float64.
+        first: taps, already folded with the widening.
+        second: taps.
+        widen: None where x has the channels already.
+        norms: scale and offset of either batch norm, from its running statistics.
+        stage: of the rows of x.
+        pool: "max" or "mean".
+
+    Returns:
+        (n_rows of the next stage, channels).
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not agree.
+
+    Note:
+        No gradients: for evaluation only.
+    """
+    if pool not in ("max", "mean"):
+        raise ValueError(f"peak_stage: pool must be max or mean, got {pool!r}")
+    n_in, width = x.shape[-1], second.shape[-1]
+    n_rows = stage.n_touched if stage.count is None else len(stage.count)
+    (scale1, offset1), (scale2, offset2) = norms
+    rules = {"x": (x, (n_rows, n_in)), "first": (first, (KERNEL_WIDTH, n_in, width))}
+    rules |= {"second": (second, (KERNEL_WIDTH, width, width)), "widen": (widen, (n_in, width))}
+    channels = {"scale1": scale1, "offset1": offset1, "scale2": scale2, "offset2": offset2}
+    rules |= {name: (tensor, (width,)) for name, tensor in channels.items()}
+    for name, (tensor, shape) in rules.items():
+        if tensor is not None:
+            _check("peak_stage", name, tensor, shape, x)
+    if widen is None and n_in != width:
+        raise ValueError(f"peak_stage: widen must be ({n_in}, {width}), got None")
+    settings = (stage.halo, stage.pairs, stage.shift, stage.n_touched, pool == "max")
+    return torch.ops.xrdfast.peak_stage(x, first, second, widen, scale1, offset1, scale2, offset2, *settings)
+
+
+def peak_stage_reference(
+    x: Tensor,
+    first: Tensor,
+    second: Tensor,
+    widen: Tensor | None,
+    scale1: Tensor,
+    offset1: Tensor,
+    scale2: Tensor,
+    offset2: Tensor,
+    halo: Tensor | None,
+    pairs: Tensor,
+    shift: int,
+    n_touched: int,
+    maximum: bool,
+) -> Tensor:
+    """One operator after the other, with norms of mean 0 and variance 1."""
+    mean, var = torch.zeros_like(scale1), torch.ones_like(scale1)
+    ops = torch.ops.xrdfast
+
+    def norm(
+        h: Tensor, residual: Tensor | None, scale: Tensor, offset: Tensor, take: Tensor | None
+    ) -> Tensor:
+        return ops.peak_norm(
+            h, residual, scale, offset, mean, var, 0.0, None, float(len(h)), take, len(h), maximum
+        )[0]
+
+    inner = norm(ops.peak_conv(x, first, shift), None, scale1, offset1, halo)
+    wide = x if widen is None else x @ widen
+    return norm(ops.peak_conv(inner, second, shift), wide, scale2, offset2, pairs)
+
+
 def _check(op: str, name: str, tensor: Tensor, shape: Sequence[int], like: Tensor) -> None:
     if tuple(tensor.shape) != tuple(shape) or tensor.dtype != like.dtype or tensor.device != like.device:
         raise ValueError(
@@ -511,6 +601,12 @@ def _norm_fake(h, residual, gamma, beta, mean, var, eps, count, total, take, n_t
     return h.new_empty((n_rows, h.shape[1])), torch.empty_like(gamma), torch.empty_like(gamma)
 
 
+def _stage_fake(
+    x, first, second, widen, scale1, offset1, scale2, offset2, halo, pairs, shift, n_touched, maximum
+):
+    return x.new_empty((pairs.shape[1], second.shape[2]))
+
+
 def _norm_backward_fake(grad_out, h, residual, gamma, beta, *rest):
     return torch.empty_like(h), torch.empty_like(h), torch.empty_like(gamma), torch.empty_like(beta)
 
@@ -611,6 +707,32 @@ def _conv_weight_cpu(x: Tensor, grad_out: Tensor, shift: int) -> Tensor:
     return grad.mT.contiguous().mT  # in the memory order of the parameters
 
 
+def _stage_cpu(
+    x, first, second, widen, scale1, offset1, scale2, offset2, halo, pairs, shift, n_touched, maximum
+):
+    width = second.shape[2]
+    module = _native_for(x)
+    if module is None or width > MAX_NATIVE_WIDTH or shift < 1:
+        return peak_stage_reference(
+            x, first, second, widen, scale1, offset1, scale2, offset2, halo, pairs, shift, n_touched, maximum
+        )
+    y, out = x.new_empty((len(x), width)), x.new_empty((pairs.shape[1], width))
+    given = (x, first * scale1, second * scale2, widen, offset1, offset2, halo, pairs, y, out)
+    held = [None if t is None else t.contiguous() for t in given]
+    getattr(module, f"peak_stage_{_NATIVE_DTYPES[x.dtype]}")(
+        *(0 if t is None else t.data_ptr() for t in held),
+        len(x),
+        len(out),
+        x.shape[1],
+        width,
+        n_touched,
+        shift,
+        maximum,
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def _has_tiles(x: Tensor, shift: int) -> bool:
     """Whether a wide convolution is worth Winograd's transforms, which cost 7 passes over the weights."""
     return len(x) >= _WINOGRAD_ROWS and shift != 0 and len(x) % shift == 0 and len(x) >= 4 * abs(shift)
@@ -624,11 +746,11 @@ class _Tiles(NamedTuple):
     pieces: list[tuple[int, int]]  # of tiles
 
     @staticmethod
-    def of(n_rows: int, shift: int, width: int) -> _Tiles:
+    def of(n_rows: int, shift: int) -> _Tiles:
         n_patterns = abs(shift)
         n_positions = n_rows // n_patterns
         n_tiles = (n_positions + 1) // 2
-        step = max(1, _PLANE_NUMBERS // (n_patterns * width))
+        step = max(1, _PIECE_ROWS // n_patterns)
         pieces = [(i, min(n_tiles, i + step)) for i in range(0, n_tiles, step)]
         return _Tiles(n_positions, n_patterns, pieces)
 
@@ -665,7 +787,7 @@ def _winograd_conv(module: ModuleType, x: Tensor, weight: Tensor, shift: int) ->
         taps.data_ptr(), u.data_ptr(), n_in * n_out, shift < 0, torch.get_num_threads()
     )
     u = u if turned else u.mT
-    tiles = _Tiles.of(len(x), shift, max(n_in, n_out))
+    tiles = _Tiles.of(len(x), shift)
     room_in, room_out = tiles.planes(x, n_in), tiles.planes(x, n_out)
     out = x.new_empty((len(x), n_out))
     to_planes, to_rows = (getattr(module, f"winograd_{name}_{kind}") for name in ("input", "output"))
@@ -681,7 +803,7 @@ def _winograd_conv_weight(module: ModuleType, x: Tensor, grad_out: Tensor, shift
     """Gradient of the taps through the same tiles."""
     x, grad_out, kind = x.contiguous(), grad_out.contiguous(), _NATIVE_DTYPES[x.dtype]
     n_in, n_out = x.shape[1], grad_out.shape[1]
-    tiles = _Tiles.of(len(x), shift, max(n_in, n_out))
+    tiles = _Tiles.of(len(x), shift)
     room_in, room_out = tiles.planes(x, n_in), tiles.planes(x, n_out)
     grad_u = x.new_zeros((4, n_out, n_in))
     to_planes = getattr(module, f"winograd_input_{kind}")
@@ -797,6 +919,8 @@ def _norm_backward_on_device(module: ModuleType, grad_out, h, *rest):
 
 LIBRARY.impl("peak_conv", _conv_cpu, "CPU")
 LIBRARY.impl("peak_conv_weight", _conv_weight_cpu, "CPU")
+LIBRARY.impl("peak_stage", _stage_cpu, "CPU")
+LIBRARY.impl("peak_stage", peak_stage_reference, "CUDA")
 LIBRARY.impl("peak_norm", _norm_cpu, "CPU")
 LIBRARY.impl("peak_norm_backward", _norm_backward_cpu, "CPU")
 LIBRARY.impl("peak_conv", peak_conv_reference, "CUDA")
@@ -806,6 +930,7 @@ LIBRARY.impl("peak_norm_backward", _norm_backward_cuda, "CUDA")
 torch.library.register_fake("xrdfast::peak_conv", _conv_fake)
 torch.library.register_fake("xrdfast::peak_conv_weight", _conv_weight_fake)
 torch.library.register_fake("xrdfast::peak_norm", _norm_fake)
+torch.library.register_fake("xrdfast::peak_stage", _stage_fake)
 torch.library.register_fake("xrdfast::peak_norm_backward", _norm_backward_fake)
 torch.library.register_autograd("xrdfast::peak_conv", _conv_backward, setup_context=_conv_setup)
 torch.library.register_autograd("xrdfast::peak_norm", _norm_backward, setup_context=_norm_setup)
