@@ -252,6 +252,25 @@ def test_norm_equals_the_reference(n_channels: int, pool, packed: bool, batch: b
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("pool", [None, "max", "mean"])
+def test_blank_rows_where_every_pattern_has_its_own_pass_gradients(pool) -> None:
+    """They stand for no sample, but for the inputs of the blank rows beside them."""
+    intensity = torch.zeros(2, 300, dtype=torch.float64)
+    intensity[:, 150] = 1.0
+    stage = plan_rows(intensity, (0, 0), packed_stages=2).stages[0]
+    assert stage.count is not None
+    covered = stage.n_touched + 1 + 150
+    assert stage.count[covered] == 0
+    tensors = [torch.randn(s, 5, generator=rng(3), dtype=torch.float64) for s in (len(stage.count), 1, 1)]
+    h, gamma, beta = tensors[0], tensors[1][0], tensors[2][0]
+    arguments = norm_call(stage, [h, gamma, beta, h.flip(0)], pool, True, True)
+    want = all_of_norm(ops.peak_norm_reference, ops.peak_norm_backward_reference, arguments)
+    got = all_of_norm(ops._norm_cpu, ops._norm_backward_cpu, arguments)
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+    assert float(got[3][covered].abs().max()) > 0
+
+
 @pytest.mark.parametrize("shift", [0, 1, 3, -1, -4, 50, 120])
 @pytest.mark.parametrize(
     ("n_rows", "n_in", "n_out"),
