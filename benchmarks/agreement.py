@@ -42,16 +42,20 @@ def pymatgen_lines(one: PackedStructures) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pymatgen_structure(one: PackedStructures):
-    """Row for row: a site may hold more than its share (AMCSD), which pymatgen's own check would refuse."""
+    """Row for row, occupancies over the largest one above 1, for which intensities relative to the strongest are the same.
+
+    Sites that hold more than their share (AMCSD) would be refused by pymatgen's own check.
+    """
     from pymatgen.core import Composition, Element, Lattice, PeriodicSite, Structure
 
     lattice = Lattice(one.lattice[0].numpy())
     sites = []
+    most = max(1.0, float(one.occupancy.max()))
     for z, place, share in zip(
         one.atomic_number.tolist(), one.fractional.tolist(), one.occupancy.tolist(), strict=True
     ):
         if share > 0:
-            species = Composition({Element.from_Z(z): share})
+            species = Composition({Element.from_Z(z): share / most})
             sites.append(PeriodicSite(species, place, lattice, skip_checks=True))
     return Structure.from_sites(sites)
 
