@@ -214,9 +214,9 @@ def conformal_threshold(probability: Tensor, space_group_number: Tensor, coverag
     The threshold is the k-th smallest probability that a held-out pattern gave its true group, with
     k = floor((n + 1) (1 - coverage)): the set of a new pattern, drawn as the n were, then holds the true group with
     probability coverage or more, whatever the model (0 where n is too small to promise it: all groups). Coverage is
-    over all patterns, not in each group. Sets of largest probabilities (LAC) are on average the smallest with that coverage:
-    on 2,912 stick patterns of held-out families, halves calibrated on each other, 12 groups with a small model, where
-    adaptive sets (APS) need 24 with lots drawn and 56 without.
+    over all patterns, not in each group. Sets of largest probabilities (LAC) are on average the smallest of that
+    coverage: on 2,912 stick patterns of held-out families, halves calibrated on each other, 12 groups with a small
+    model, where adaptive sets (APS) need 24 with lots drawn and 56 without.
 
     Args:
         probability: (n_patterns, 230), of patterns that the model was not trained on.

@@ -78,6 +78,7 @@ def test_one_seed_one_set_whatever_else_is_asked_for(crystals):
 
 def test_none_is_in_the_fold_of_validation(crystals, tmp_path):
     assert set(crystals.fold.tolist()) <= set(range(1, 10))
+    assert all(formula.endswith(" (synthetic)") for formula in crystals.formula)  # no real one's relatives
     path = tmp_path / "synthetic.store.safetensors"
     assert generate_store(crystals[::3], path) == []
     store = PatternStore.open(path)

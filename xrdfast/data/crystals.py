@@ -166,8 +166,8 @@ def generate_crystals(
         progress: called with (groups done, groups in all).
 
     Returns:
-        Primitive cells, groups in rising order, with labels, rotations and a fold in 1..9 each (none in fold 0, which
-        recipes validate on); and the groups that `_MAX_ROUNDS` batches could not fill.
+        Primitive cells, groups in rising order, with labels, rotations, formulas marked as synthetic and a fold in 1..9
+        each (none in fold 0, which recipes validate on); and the groups that `_MAX_ROUNDS` batches could not fill.
 
     Raises:
         ValueError: for numbers, a count or a share outside these rules.
@@ -200,11 +200,17 @@ def generate_crystals(
             short.append(number)
         found = found[:count]
         label = torch.full((len(found),), number, dtype=torch.int16)
-        fold = [1 + zlib.crc32(formula.encode()) % _FOLDS for formula in found.formula]  # one a formula
+        # Not the formula of any real structure: it would tie these crystals to that one's fold.
+        formula = [f"{text} (synthetic)" for text in found.formula]
+        fold = [1 + zlib.crc32(text.encode()) % _FOLDS for text in formula]
         ids = [f"synthetic/{number}/{k}" for k in range(len(found))]
         parts.append(
             dataclasses.replace(
-                found, ids=ids, fold=torch.tensor(fold, dtype=torch.int8), space_group_published=label
+                found,
+                ids=ids,
+                formula=formula,
+                fold=torch.tensor(fold, dtype=torch.int8),
+                space_group_published=label,
             )
         )
         if progress:
