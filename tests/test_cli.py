@@ -20,6 +20,7 @@ from tests.training.tiny import presets, write_cubic_store
 from xrdfast import _native
 from xrdfast.cli import cli
 from xrdfast.data.store import PatternStore
+from xrdfast.data.structures import PackedStructures
 from xrdfast.models import PRESETS, build_model
 from xrdfast.training.checkpoint import ModelCard, load_model_card, save_model
 
@@ -110,7 +111,17 @@ def test_help_is_quick_and_imports_nothing_heavy():
         seconds.append(time.perf_counter() - begun)
     # The limit is 0.3 s on an idle machine; a busy one gets more.
     assert min(seconds) < 0.6
-    for verb in ("doctor", "build", "simulate", "train", "evaluate", "predict", "import-checkpoint", "demo"):
+    for verb in (
+        "doctor",
+        "build",
+        "simulate",
+        "generate",
+        "train",
+        "evaluate",
+        "predict",
+        "import-checkpoint",
+        "demo",
+    ):
         assert verb in done.stdout
 
 
@@ -141,6 +152,36 @@ def test_simulate_writes_store_and_lists(tmp_path):
     succeed("simulate", folder / "right.cif", "-o", out, "--workers", 1)
     assert not (tmp_path / "salt.rejected.jsonl").exists()
     assert not (tmp_path / "salt.disagreements.jsonl").exists()
+
+
+def test_generate_and_move_sites(tmp_path):
+    out = tmp_path / "synthetic.safetensors"
+    text = succeed("generate", "--groups", "2,4-5", "--count", 2, "-o", out)
+    assert f"{out}: 6 crystals of 3 space groups" in text
+    made = PackedStructures.load(out)
+    assert made.space_group_01.tolist() == [2, 2, 4, 4, 5, 5]
+    store = tmp_path / "synthetic.store.safetensors"
+    succeed("simulate", out, "-o", store, "--variants", 2, "--workers", 1)
+    found = PatternStore.open(store)
+    assert len(found) > 6 and set(found.space_group_01.tolist()) == {2, 4, 5}
+    assert {name.partition("/moved-")[0] for name in found.ids} == set(made.ids)
+
+
+def test_generate_fills_rare_groups_and_refuses(tmp_path):
+    out = tmp_path / "synthetic.safetensors"
+    twenty = tmp_path / "some.safetensors"
+    succeed("generate", "--groups", "1-2", "--count", 10, "-o", twenty)
+    assert "2 crystals of 1 space groups" in succeed(
+        "generate", twenty, "--groups", "2,81", "--fewer-than", 10, "--count", 2, "-o", out, "--workers", 1
+    )
+    assert PackedStructures.load(out).space_group_01.tolist() == [81, 81]
+    again = refuse("generate", twenty, "--groups", "2", "--fewer-than", 5, "-o", out, "--workers", 1)
+    assert again == "--fewer-than: must leave a group, got 5: all have as many"
+    assert refuse("generate", "--fewer-than", 5, "-o", out).startswith("--fewer-than: must come with files")
+    assert refuse("generate", "-o", tmp_path / "a.npz").endswith("must end in .safetensors, got .npz")
+    for groups in ("0", "231", "5-3", "a", "1,,2"):
+        message = f"--groups: must be numbers in 1..230 as 89,195-199, got '{groups}'"
+        assert refuse("generate", "--groups", groups, "-o", out) == message
 
 
 def test_simulate_lines(tmp_path):
@@ -176,9 +217,11 @@ def test_train_evaluate_predict(tmp_path, tiny_presets):
         succeed("predict", sticks, "--model", run_folder, "--json", "--plot", tmp_path / "a.png")
     )
     assert answer["kind"] == "sticks" and len(answer["candidates"]) == 5
+    assert answer["candidates"][0]["space_group_number"] == answer["conformal_set"][0]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     text = succeed("predict", sticks, "--model", run_folder, "--top", 2)
     assert "extinction class" in text and "crystal system" in text and "assumed" in text
+    assert "95 % set of space groups: " in text
 
 
 def test_train_refuses_and_resumes(tmp_path, tiny_presets):

@@ -183,6 +183,33 @@ def test_calibration_is_measured_on_patterns_it_has_not_seen() -> None:
     assert got == pytest.approx(counted_ece(after, truth("crystal_system", number)))
 
 
+def test_sets_are_measured_on_patterns_they_have_not_seen() -> None:
+    logits, number = example(2000, 9)
+    sets = evaluate_predictions(logits, number)["joint"]["conformal"]
+    assert sets["coverage"] == 0.95
+    assert sets["covered"] == pytest.approx(0.95, abs=0.02)
+    assert 1 <= sets["median_size"] <= 230
+    fitted = fit_calibration(logits, number)
+    again = evaluate_predictions(logits, number, fitted)["joint"]["conformal"]
+    double = {task: rows.double() for task, rows in logits.items()}
+    member = joint_posterior(double, fitted).conformal_sets(fitted.threshold)
+    assert again["mean_size"] == pytest.approx(float(member.sum(1).double().mean()))
+    assert again["covered"] == pytest.approx(float(member[torch.arange(2000), number - 1].double().mean()))
+    old = Calibration(fitted.temperatures, fitted.exponents)
+    assert evaluate_predictions(logits, number, old)["joint"]["conformal"] is None
+
+
+def test_reliability_bins_add_up_to_the_calibration_error() -> None:
+    found = evaluate_predictions(*example(300, 10))
+    for answers in (found, found["joint"]):
+        for level in LEVELS:
+            bins = answers["tasks"][level]["reliability"]
+            assert sum(one["n_patterns"] for one in bins) == 300
+            assert all(one["lower"] <= one["confidence"] <= one["upper"] for one in bins)
+            error = sum(one["n_patterns"] / 300 * abs(one["right"] - one["confidence"]) for one in bins)
+            assert error == pytest.approx(answers["tasks"][level]["ece_after"])
+
+
 def test_one_pattern_stays_uncalibrated() -> None:
     found = evaluate_predictions(*example(1, 6))
     for answers in (found, found["joint"]):

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
-from xrdfast.posterior import Calibration, JointPosterior, fit_calibration, joint_posterior
+from xrdfast.posterior import (
+    Calibration,
+    JointPosterior,
+    conformal_threshold,
+    fit_calibration,
+    joint_posterior,
+)
 from xrdfast.symmetry import N_CLASSES, TASKS, class_index, class_names, members
 
 LEVELS = (*TASKS, "laue_class", "bravais_lattice", "extinction_group")
@@ -225,14 +231,67 @@ def test_calibration_survives_json() -> None:
     assert torch.equal(got.space_group, expected.space_group)
 
 
+def test_calibrations_without_sets_are_still_read() -> None:
+    old = Calibration.from_dict(GOOD)
+    assert old.threshold is None
+    assert old.to_dict() == GOOD
+
+
+@pytest.mark.parametrize("coverage", [0.5, 0.9, 0.95])
+def test_sets_cover_what_they_promise(coverage: float) -> None:
+    """Over many splits the mean coverage is (n + 1 - k) / (n + 1), k = floor((n + 1) (1 - coverage))."""
+    logits, number = skilled_logits(4000, 31)
+    posterior = joint_posterior(logits)
+    own = posterior.space_group[torch.arange(4000), number - 1]
+    n, covered = 199, []
+    for seed in range(40):
+        order = torch.randperm(4000, generator=torch.Generator().manual_seed(seed))
+        fitted, unseen = order[:n], order[n:]
+        threshold = conformal_threshold(posterior.space_group[fitted], number[fitted], coverage)
+        covered.append(float((own[unseen] >= threshold).double().mean()))
+    k = math.floor(200 * (1.0 - coverage) + 1e-9)
+    assert sum(covered) / 40 == pytest.approx((n + 1 - k) / (n + 1), abs=0.01)
+
+
+def test_sets_hold_the_likely_groups_and_the_best_one() -> None:
+    share = torch.full((2, 230), 0.1 / 226)
+    share[0, [3, 7, 9, 11]] = torch.tensor([0.4, 0.3, 0.15, 0.05])
+    posterior = JointPosterior(share)
+    assert posterior.conformal_sets(0.15)[0].nonzero().flatten().tolist() == [3, 7, 9]
+    assert posterior.conformal_sets(0.9)[0].nonzero().flatten().tolist() == [3]
+    assert posterior.conformal_sets(0.9).sum(1).tolist() == [1, 1]
+    assert posterior.conformal_sets(0.0).sum(1).tolist() == [230, 230]
+
+
+def test_the_fitted_threshold_is_that_of_the_joint_posterior() -> None:
+    logits, number = skilled_logits(500, 12)
+    fitted = fit_calibration(logits, number)
+    share = joint_posterior(logits, fitted).space_group
+    assert fitted.threshold == conformal_threshold(share, number)
+    held = share[torch.arange(500), number - 1] >= fitted.threshold
+    assert int(held.sum()) == 500 - 25 + 1  # k = floor(501 * 0.05) = 25, the k-th itself is in
+
+
+def test_few_patterns_promise_nothing() -> None:
+    share = torch.full((18, 230), 1.0 / 230)
+    assert conformal_threshold(share, torch.ones(18, dtype=torch.int64)) == 0.0
+    assert conformal_threshold(share[:1].expand(19, -1), torch.ones(19, dtype=torch.int64)) > 0.0
+
+
+@pytest.mark.parametrize("coverage", [0.0, 1.0, math.nan])
+def test_impossible_coverages_are_refused(coverage: float) -> None:
+    with pytest.raises(ValueError, match="conformal_threshold: coverage must be between 0 and 1"):
+        conformal_threshold(torch.ones(3, 230), torch.tensor([1, 2, 3]), coverage)
+
+
 GOOD = {"temperatures": {"space_group": 1.0}, "exponents": {"space_group": 1.0}}
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, r"content must hold exactly temperatures, exponents, got \[\]"),
-        ([1], "content must hold exactly temperatures, exponents, got list"),
+        ({}, r"content must hold exactly temperatures, exponents, and perhaps conformal, got \[\]"),
+        ([1], "content must hold exactly temperatures, exponents, .* got list"),
         (GOOD | {"more": 1}, "got .*'more'"),
         (GOOD | {"exponents": 3}, "exponents must map tasks to numbers, got 3"),
         (GOOD | {"exponents": {"point_group": 1.0}}, "must name the same tasks of space_group, "),
@@ -250,6 +309,14 @@ GOOD = {"temperatures": {"space_group": 1.0}, "exponents": {"space_group": 1.0}}
             r"exponents\['space_group'\] must be in 0..20, got -0.1",
         ),
         (GOOD | {"exponents": {"space_group": math.inf}}, "got inf"),
+        (GOOD | {"conformal": 0.1}, "conformal must hold coverage 0.95 and a threshold, got 0.1"),
+        (GOOD | {"conformal": {"threshold": 0.1}}, "conformal must hold coverage 0.95"),
+        (GOOD | {"conformal": {"coverage": 0.9, "threshold": 0.1}}, "conformal must hold coverage 0.95"),
+        (
+            GOOD | {"conformal": {"coverage": 0.95, "threshold": None}},
+            r"conformal\['threshold'\] must be in 0..1, got None",
+        ),
+        (GOOD | {"conformal": {"coverage": 0.95, "threshold": 1.5}}, "got 1.5"),
     ],
 )
 def test_bad_calibrations_are_refused(content: object, message: str) -> None:

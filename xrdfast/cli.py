@@ -28,6 +28,7 @@ STORE_SUFFIX = ".store.safetensors"
 DEMO_FOLDER = "demo-run"
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _SHOWN_REASONS = 5  # of rejected structures; the file has them all
+_SHOWN_SET = 20  # space groups of a set that is meant to hold the true one
 _PACKAGES = (
     "numpy",
     "safetensors",
@@ -123,6 +124,26 @@ def _folds(ctx: click.Context, option: click.Parameter, value: str) -> tuple[int
     return tuple(sorted({int(part) for part in parts}))
 
 
+def _groups(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[int, ...]:
+    """Numbers of "89,195-199"."""
+    from xrdfast.errors import InputError
+    from xrdfast.symmetry import N_SPACE_GROUPS
+
+    if value is None:
+        return tuple(range(1, N_SPACE_GROUPS + 1))
+    numbers: set[int] = set()
+    for part in value.split(","):
+        first, _, last = part.partition("-")
+        ends = [text.strip() for text in (first, last or first)]
+        if (
+            not all(text.isdecimal() for text in ends)
+            or not 1 <= int(ends[0]) <= int(ends[1]) <= N_SPACE_GROUPS
+        ):
+            raise InputError(f"--groups: must be numbers in 1..230 as 89,195-199, got {value!r}")
+        numbers.update(range(int(ends[0]), int(ends[1]) + 1))
+    return tuple(sorted(numbers))
+
+
 _file_option = functools.partial(click.option, type=click.Path(path_type=Path), callback=_output_file)
 _wavelength_option = click.option(
     "--wavelength",
@@ -173,6 +194,12 @@ def build() -> None:
 )
 @click.option("--dispersion", is_flag=True, help="Add f' + i f'' at this wavelength.")
 @click.option("--workers", type=click.IntRange(1), help="Processes that find symmetry; default one a core.")
+@click.option(
+    "--variants",
+    default=0,
+    type=click.IntRange(0),
+    help="Also copies of each structure outside fold 0, sites moved along their free coordinates.",
+)
 @click.option("--lines", is_flag=True, help="Print the lines of one structure instead of writing a store.")
 def simulate(
     paths: tuple[Path, ...],
@@ -182,13 +209,14 @@ def simulate(
     form_factors: str,
     dispersion: bool,
     workers: int | None,
+    variants: int,
     lines: bool,
 ) -> None:
     """Simulates structures (.cif, folders of them, packed .npz or .safetensors) into a pattern store."""
     from xrdfast.bragg import KA1_WAVELENGTH
     from xrdfast.data.generate import generate_store
     from xrdfast.data.store import SimulationConfig
-    from xrdfast.data.structures import analyse_symmetry, load_structures
+    from xrdfast.data.structures import PackedStructures, analyse_symmetry, load_structures
     from xrdfast.errors import InputError
     from xrdfast.terminal import progress_bar
 
@@ -212,10 +240,78 @@ def simulate(
     if store is None:
         _write_lines(structures, config, output, paths[0])
         return
+    if variants:
+        from xrdfast.data.variants import move_sites
+
+        with progress_bar("moving sites", "structures") as progress:
+            moved = move_sites(structures, variants, n_workers=workers, progress=progress)
+        structures = PackedStructures.concatenate([structures, moved])
     with progress_bar("simulating", "structures") as progress:
         source = [path.name for path in paths]
         rejected += generate_store(structures, store, simulation=config, source=source, progress=progress)
     _report_simulation(store, structures, rejected)
+
+
+@cli.command()
+@click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
+@_file_option(
+    "-o", "--output", required=True, help="Packed structures (.safetensors), for `xrdfast simulate`."
+)
+@click.option("--groups", callback=_groups, help="Space groups, as 89,195-199; default all.")
+@click.option("--fewer-than", type=click.IntRange(1), help="Only groups with fewer structures in PATHS.")
+@click.option(
+    "--count", default=30, show_default=True, type=click.IntRange(1), help="Crystals of each group."
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option(
+    "--workers", type=click.IntRange(1), help="Processes that find the symmetry of PATHS; default one a core."
+)
+def generate(
+    paths: tuple[Path, ...],
+    output: Path,
+    groups: tuple[int, ...],
+    fewer_than: int | None,
+    count: int,
+    seed: int,
+    workers: int | None,
+) -> None:
+    """Makes synthetic crystals of space groups, of density, shapes and elements as in PATHS (or in minerals)."""
+    import torch
+
+    from xrdfast.data.crystals import CrystalStatistics, generate_crystals
+    from xrdfast.data.structures import analyse_symmetry, load_structures
+    from xrdfast.errors import InputError
+    from xrdfast.symmetry import N_SPACE_GROUPS
+    from xrdfast.terminal import progress_bar
+
+    if output.suffix != ".safetensors":
+        raise InputError(f"{output}: output: must end in .safetensors, got {output.suffix or 'no suffix'}")
+    if fewer_than is not None and not paths:
+        raise InputError("--fewer-than: must come with files of structures to count, got none")
+    statistics = None
+    if paths:
+        with progress_bar("reading", "files") as progress:
+            structures, _ = load_structures(list(paths), progress=progress)
+        if not _is_analysed(structures):
+            with progress_bar("symmetry", "structures") as progress:
+                structures = analyse_symmetry(structures, n_workers=workers, progress=progress)
+        try:
+            statistics = CrystalStatistics.of(structures)
+        except ValueError as error:
+            raise InputError(f"{paths[0]}: {error}") from error
+        if fewer_than is not None:
+            found = torch.bincount(structures.space_group_01.long(), minlength=N_SPACE_GROUPS + 1).tolist()
+            groups = tuple(number for number in groups if found[number] < fewer_than)
+            if not groups:
+                raise InputError(f"--fewer-than: must leave a group, got {fewer_than}: all have as many")
+    with progress_bar("generating", "space groups") as progress:
+        crystals, short = generate_crystals(
+            groups, count, seed=seed, statistics=statistics, progress=progress
+        )
+    crystals.save(output)
+    click.echo(f"{output}: {len(crystals)} crystals of {len(groups)} space groups")
+    if short:
+        click.echo(f"fewer than {count} of groups {', '.join(map(str, short))}: most tries had more symmetry")
 
 
 def _store_path(path: Path) -> Path:
@@ -508,6 +604,10 @@ def show_prediction(prediction: Prediction) -> None:
         for level, ranked in prediction.superclasses.items()
     ]
     print_table(("level", "most probable"), rows)
+    if prediction.conformal_set:
+        numbers = ", ".join(map(str, prediction.conformal_set[:_SHOWN_SET]))
+        more = len(prediction.conformal_set) - _SHOWN_SET
+        click.echo(f"95 % set of space groups: {numbers}{f' and {more} more' if more > 0 else ''}")
     if prediction.true_number:
         from xrdfast.symmetry import SYMBOLS
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xrdfast.posterior import (
+    COVERAGE,
     Calibration,
     JointPosterior,
     checked_logits,
@@ -41,9 +42,11 @@ def evaluate_predictions(
       probable; ties go to the lower class index), "macro_f1" (mean of 2 TP / (2 TP + FP + FN) over the
       classes that occur in the truth), "recall" (by class name, of these classes), "ece_before" and
       "ece_after", the expected calibration errors before and after calibration
-      (`expected_calibration_error`). Levels are the tasks that have a head and "extinction_group"; the joint
-      posterior has all.
+      (`expected_calibration_error`), and "reliability", the bins after it (`reliability_bins`). Levels are the
+      tasks that have a head and "extinction_group"; the joint posterior has all.
     * "crystal_systems": for each true crystal system its "n_patterns" and the space groups' "top1".
+    * "conformal" (the joint posterior alone): of the calibration's sets of space groups, the "coverage" that they
+      promise, the share "covered" that holds the truth, "mean_size" and "median_size"; None where nothing was fitted.
     * "spc", sub-property confusion: among the patterns with a wrong space group, the share whose
       "crystal_system", "lattice_centering", "point_group" is still that of the truth; None where no answer is
       wrong.
@@ -59,7 +62,7 @@ def evaluate_predictions(
             measured on patterns that it was fitted on. A single pattern stays uncalibrated.
 
     Returns:
-        {"n_patterns", "tasks", "crystal_systems", "spc", "joint": {"tasks", "crystal_systems", "spc"}}.
+        {"n_patterns", "tasks", "crystal_systems", "spc", "joint": {"tasks", "crystal_systems", "spc", "conformal"}}.
 
     Raises:
         ValueError: as `xrdfast.posterior.fit_calibration`, or a calibration that lacks a task of the logits.
@@ -75,9 +78,13 @@ def evaluate_predictions(
     raw = {task: rows.softmax(dim=1) for task, rows in heads.items()}
     scaled = {task: torch.empty_like(rows) for task, rows in heads.items()}
     product = torch.empty(len(number), N_SPACE_GROUPS, dtype=torch.float64)
+    sets = torch.zeros(len(number), N_SPACE_GROUPS, dtype=torch.bool)
     for rows, fitted in _calibrated_parts(heads, number, calibration):
         part = {task: values[rows] for task, values in heads.items()}
-        product[rows] = joint_posterior(part, fitted).space_group
+        posterior = joint_posterior(part, fitted)
+        product[rows] = posterior.space_group
+        if fitted is not None and fitted.threshold is not None:
+            sets[rows] = posterior.conformal_sets(fitted.threshold)
         for task, values in part.items():
             temperature = 1.0 if fitted is None else fitted.temperatures[task]
             scaled[task][rows] = (values / temperature).softmax(dim=1)
@@ -90,7 +97,8 @@ def evaluate_predictions(
     plain, joint = joint_posterior(heads), JointPosterior(product)
     before = {level: plain.marginal(level) for level in _LEVELS}
     after = {level: joint.marginal(level) for level in _LEVELS}
-    return {"n_patterns": len(number)} | single | {"joint": _summary(after, before, after, number)}
+    together = _summary(after, before, after, number) | {"conformal": _conformal_metrics(sets, number)}
+    return {"n_patterns": len(number)} | single | {"joint": together}
 
 
 def expected_calibration_error(probability: Tensor, target: Tensor) -> float:
@@ -113,15 +121,53 @@ def expected_calibration_error(probability: Tensor, target: Tensor) -> float:
         >>> round(expected_calibration_error(torch.tensor([[0.9, 0.1], [0.9, 0.1]]), torch.tensor([0, 1])), 6)
         0.4
     """
+    _, confidence, right = _binned("expected_calibration_error", probability, target)
+    return float((right - confidence).abs().sum() / len(target))
+
+
+def reliability_bins(probability: Tensor, target: Tensor) -> list[dict[str, float]]:
+    """The reliability diagram: confidence against accuracy in the bins of `expected_calibration_error`.
+
+    Args:
+        probability: (n_patterns, n_classes), rows sum to 1.
+        target: (n_patterns,) true class indices.
+
+    Returns:
+        For each bin that holds patterns its "lower" and "upper" edge, "n_patterns", their mean "confidence" and the
+        share "right".
+
+    Raises:
+        ValueError: for other shapes or no pattern.
+
+    Example:
+        >>> reliability_bins(torch.tensor([[0.75, 0.25], [0.75, 0.25]]), torch.tensor([0, 1]))[0]["right"]
+        0.5
+    """
+    count, confidence, right = _binned("reliability_bins", probability, target)
+    return [
+        {
+            "lower": i / N_BINS,
+            "upper": (i + 1) / N_BINS,
+            "n_patterns": int(count[i]),
+            "confidence": float(confidence[i] / count[i]),
+            "right": float(right[i] / count[i]),
+        }
+        for i in count.nonzero().flatten().tolist()
+    ]
+
+
+def _binned(op: str, probability: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Patterns in each bin, and their summed confidence and right answers; (N_BINS,) each."""
     if probability.ndim != 2 or 0 in probability.shape or target.shape != probability.shape[:1]:
         raise ValueError(
-            f"expected_calibration_error: probability, target must be (n_patterns, n_classes), (n_patterns,) "
+            f"{op}: probability, target must be (n_patterns, n_classes), (n_patterns,) "
             f"and not empty, got {tuple(probability.shape)}, {tuple(target.shape)}"
         )
     confidence, answer = probability.double().max(dim=1)
-    gap = (answer == target).double() - confidence
     bins = (confidence * N_BINS).long().clamp(0, N_BINS - 1)
-    return float(torch.bincount(bins, weights=gap, minlength=N_BINS).abs().sum() / len(gap))
+    sums = (torch.ones_like(confidence), confidence, (answer == target).double())
+    count, confidence, right = (torch.bincount(bins, weights=x, minlength=N_BINS) for x in sums)
+    return count, confidence, right
 
 
 def majority_baseline(train_numbers: Tensor, test_numbers: Tensor) -> dict[str, float]:
@@ -164,6 +210,10 @@ def format_table(metrics: Mapping[str, Any]) -> str:
                     found[key] for key in ("top1", "top2", "top5", "macro_f1", "ece_before", "ece_after")
                 ]
                 lines.append(_row(f"  {_spoken(level)}", *map(_percent, shares)))
+        if (sets := metrics["joint"].get("conformal")) is not None:
+            wanted, held = _percent(sets["coverage"]), _percent(sets["covered"])
+            size = f"median size {sets['median_size']:g}, mean {sets['mean_size']:.1f}"
+            lines.append(f"  {held} of the sets for {wanted} hold the true space group; {size}")
         heads, joint = metrics["crystal_systems"], metrics["joint"]["crystal_systems"]
         lines += ["", _row("space group, by system", "patterns", "heads", "joint")]
         for name, found in joint.items():
@@ -211,6 +261,7 @@ def _summary(
         tasks[level] = _level_metrics(level, scores[level], target) | {
             "ece_before": expected_calibration_error(before[level], target),
             "ece_after": expected_calibration_error(after[level], target),
+            "reliability": reliability_bins(after[level], target),
         }
     if "space_group" in scores:
         answer = scores["space_group"].argmax(dim=1)
@@ -224,6 +275,19 @@ def _summary(
             kept = (classes[answer] == classes[index])[~right]
             spc[level] = float(kept.double().mean()) if len(kept) else None
     return {"tasks": tasks, "crystal_systems": systems, "spc": spc}
+
+
+def _conformal_metrics(sets: Tensor, number: Tensor) -> dict[str, float] | None:
+    """How sets of space groups, (n_patterns, 230) bool, keep their promise; None where there are none."""
+    size = sets.sum(dim=1)
+    if not bool(size.all()):  # a set holds the best group at least
+        return None
+    return {
+        "coverage": COVERAGE,
+        "covered": float(sets[torch.arange(len(number)), number - 1].double().mean()),
+        "mean_size": float(size.double().mean()),
+        "median_size": float(size.double().quantile(0.5)),
+    }
 
 
 def _level_metrics(level: str, scores: Tensor, target: Tensor) -> dict[str, Any]:

@@ -82,6 +82,8 @@ class Prediction:
         notes: what was done to the pattern, one sentence each.
         pattern: what the model saw.
         true_number: space group of the structure by spglib at 0.1 Angstrom, for a round trip; else 0.
+        conformal_set: space group numbers, most probable first, that hold the true one in 95 % of patterns like those
+            the model was calibrated on; () where it was not.
     """
 
     candidates: tuple[Candidate, ...]
@@ -92,6 +94,7 @@ class Prediction:
     notes: tuple[str, ...]
     pattern: Pattern
     true_number: int = 0
+    conformal_set: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The answer as plain dicts, lists and numbers for JSON, without the pattern."""
@@ -101,6 +104,7 @@ class Prediction:
             "wavelength_source": self.wavelength_source,
             "n_lines": len(self.pattern.two_theta),
             "true_space_group_number": self.true_number or None,
+            "conformal_set": list(self.conformal_set),
             "candidates": [vars(candidate) for candidate in self.candidates],
             "superclasses": {
                 level: [{"name": name, "probability": share} for name, share in ranked]
@@ -391,6 +395,7 @@ class SymmetryPredictor:
             notes=tuple(notes),
             pattern=pattern,
             true_number=true_number,
+            conformal_set=_conformal_set(posterior, self.calibration),
         )
 
 
@@ -458,6 +463,14 @@ def _ranked_candidates(posterior: JointPosterior, n_candidates: int) -> tuple[Ca
         )
         for i, p in zip(index[:n_candidates].tolist(), share[:n_candidates].tolist(), strict=True)
     )
+
+
+def _conformal_set(posterior: JointPosterior, calibration: Calibration | None) -> tuple[int, ...]:
+    if calibration is None or calibration.threshold is None:
+        return ()
+    member = posterior.conformal_sets(calibration.threshold)[0]
+    order = posterior.space_group[0].sort(descending=True, stable=True).indices
+    return tuple((order[member[order]] + 1).tolist())
 
 
 def _ranked_classes(posterior: JointPosterior, level: str) -> tuple[tuple[str, float], ...]:

@@ -312,7 +312,7 @@ def test_measured_patterns(store: PatternStore) -> None:
     sticks, _ = PatternSource(store).batch(indices)
     assert float((still > 0.0).double().mean()) > 5 * float((sticks > 0.0).double().mean())
     with pytest.raises(
-        ValueError, match=r"PatternSource: augment.profile must be one of sticks, lab, got 'x'"
+        ValueError, match=r"PatternSource: augment.profile must be one of sticks, lab, synchrotron, got 'x'"
     ):
         PatternSource(store, augment=AugmentConfig(profile="x"))
 

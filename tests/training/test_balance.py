@@ -18,6 +18,7 @@ from xrdfast.training.balance import (
     METHODS,
     Balance,
     balanced_step,
+    logit_offsets,
     mgda_weights,
     min_norm_weights,
 )
@@ -274,17 +275,25 @@ def tiny_batch(n_patterns: int, seed: int = 1) -> tuple[Tensor, dict[str, Tensor
     return intensity, labels
 
 
+@pytest.mark.parametrize("tau", [0.0, 1.0])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("method", METHODS)
-def test_step_gives_the_stated_gradients(method, smoothing):
+def test_step_gives_the_stated_gradients(method, smoothing, tau):
     model, (intensity, labels) = tiny_model(), tiny_batch(5)
     twin = copy.deepcopy(model)
-    result = balanced_step(model, intensity, labels, Balance(method, 4), label_smoothing=smoothing)
+    offsets = (
+        {t: o.double() for t, o in logit_offsets(torch.arange(230), tau, TASKS).items()} if tau else None
+    )
+    result = balanced_step(
+        model, intensity, labels, Balance(method, 4), label_smoothing=smoothing, offsets=offsets
+    )
     assert model.encoder.n_calls == 1 and result.finite
 
     features = twin.encode(intensity)
-    logits = twin.classify(features)
-    losses = [F.cross_entropy(getattr(logits, t), labels[t], label_smoothing=smoothing) for t in TASKS]
+    logits = twin.classify(features)._asdict()
+    if offsets is not None:
+        logits = {t: logits[t] + offsets[t] for t in TASKS}
+    losses = [F.cross_entropy(logits[t], labels[t], label_smoothing=smoothing) for t in TASKS]
     rows = torch.stack(
         [torch.autograd.grad(loss, features, retain_graph=True)[0].flatten() for loss in losses]
     )
@@ -321,6 +330,29 @@ def test_step_on_broken_batch_changes_nothing(where):
     assert all((p.grad == 0).all() for p in model.parameters())
     after = model.state_dict()
     assert all(torch.equal(after[n], before[n]) for n in before if not n.endswith("num_batches_tracked"))
+
+
+def test_offsets_are_logarithms_of_shares():
+    weight = torch.zeros(230)
+    weight[[0, 1, 224]] = torch.tensor([6.0, 2.0, 2.0])
+    offsets = logit_offsets(weight, 0.5, TASKS)
+    # 227 groups are never drawn and count as the rarest, 2: the sum is 10 + 454
+    want = 0.5 * torch.tensor([6.0, 2.0, 2.0, 2.0]).div(464).log()
+    torch.testing.assert_close(offsets["space_group"][:4], want)
+    for task, rows in offsets.items():
+        assert rows.shape == (N_CLASSES[task],)
+        torch.testing.assert_close((2 * rows).exp().sum(), torch.tensor(1.0))
+
+
+def test_logit_adjustment_ranks_rare_classes_as_if_frequent():
+    """One fixed feature, so the best f + tau ln pi is ln pi: the model's own logits become equal."""
+    target = torch.tensor([0] * 90 + [1] * 10)
+    weight = torch.zeros(230)
+    weight[[0, 1]] = torch.tensor([90.0, 10.0])
+    offset = logit_offsets(weight, 1.0, ["space_group"])["space_group"][:2]
+    logits = torch.zeros(2, requires_grad=True)
+    gradient = torch.autograd.grad(F.cross_entropy((logits + offset).expand(100, 2), target), logits)[0]
+    torch.testing.assert_close(gradient, torch.zeros(2), atol=1e-6, rtol=0)
 
 
 def test_step_refuses_missing_labels_and_another_balance():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from xrdfast.errors import InputError
 from xrdfast.training.config import RunConfig, config_from_dict, load_config
 
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 STORES = {"stores": ["a.store.safetensors"]}
 
 
@@ -36,6 +37,13 @@ def test_toml_and_dict_come_back() -> None:
 def test_any_store_name_survives_toml(name: str) -> None:
     config = config_from_dict({"data": {"stores": [name]}, "model": {"preset": "paper"}})
     assert config_from_dict(tomllib.loads(config.to_toml())) == config
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_recipes_are_valid(path: Path) -> None:
+    config = load_config(path)
+    assert config.data.folds_validation == (0,)
+    assert {"lab": "lab", "synchrotron": "synchrotron"}.get(path.stem, "sticks") == config.augment.profile
 
 
 def test_a_file_and_overrides(tmp_path: Path) -> None:
@@ -74,6 +82,7 @@ def test_a_file_and_overrides(tmp_path: Path) -> None:
         ),
         ("train", {"precision": "fp8"}, "train.precision: must be one of float32, bf16"),
         ("train", {"balance": "mgd"}, "train.balance: must be one of mgda, mgda_ema, sum"),
+        ("train", {"logit_adjustment": 3}, r"train.logit_adjustment: must be in \[0, 2\], got 3.0"),
         ("train", {"tensorboard": 1}, "train.tensorboard: must be true or false, got 1"),
         (
             "train",
@@ -83,7 +92,7 @@ def test_a_file_and_overrides(tmp_path: Path) -> None:
         ("train", {"zzz": 1}, "train.zzz: must be a known key, got zzz"),
         ("augment", {"strain": 0.5}, r"augment.strain: must be in \[0, 0.02\], got 0.5"),
         ("augment", {"b_max": -2}, "augment.b_max: must be >= 0, got -2.0"),
-        ("augment", {"profile": "x"}, 'augment.profile: must be one of sticks, lab, got "x"'),
+        ("augment", {"profile": "x"}, 'augment.profile: must be one of sticks, lab, synchrotron, got "x"'),
         ("data", {"folds_validation": []}, r"data.folds_validation: must be folds in 0..9, got \[\]"),
         ("data", {"folds_validation": [10]}, "data.folds_validation: must be folds in 0..9"),
         ("data", {"folds_validation": ["a"]}, "data.folds_validation: must be a whole number"),

@@ -251,8 +251,9 @@ def test_a_step_that_is_not_finite_changes_nothing(
             "label_smoothing": 0.0,
         },
         {"class_balance": 0.5},
+        {"class_balance": 0.5, "logit_adjustment": 1.0},
     ],
-    ids=["mgda", "bf16", "plain", "class_balance"],
+    ids=["mgda", "bf16", "plain", "class_balance", "logit_adjustment"],
 )
 def test_settings_run(cubic_store: Path, tmp_path: Path, train: dict[str, Any]) -> None:
     trainer = Trainer(tiny_config(cubic_store, epochs=1, **train), tmp_path)

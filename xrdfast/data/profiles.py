@@ -77,8 +77,34 @@ class ProfileConfig:
     impurity_strength: Range = (0.0, 0.05)
 
 
+# A high-resolution powder diffractometer at a synchrotron (capillary, analyser crystals, 0.4 to 0.8 Angstrom), on the
+# model's axis: at equal d, width on the copper axis = (1.54 / wavelength) (cos theta_measured / cos theta) times the
+# measured one, so 0.005 to 0.02 degrees become 0.01 to 0.08. The axis's step, 0.01, asks for 0.02 at least. The
+# Lorentz-polarisation factor becomes the axis's own in the mapping, hence no monochromator here.
+_SYNCHROTRON = ProfileConfig(
+    fwhm=(0.02, 0.06),
+    caglioti_u=(0.0, 0.004),
+    crystallite_size=(500.0, 10_000.0),
+    microstrain=(0.0, 0.0006),
+    asymmetry=(0.0, 0.02),
+    doublet_share=0.0,
+    zero_shift=(-0.01, 0.01),
+    sample_displacement=(0.0, 0.0),  # a capillary turns on the axis
+    texture_share=0.15,
+    march_r=(0.8, 1.25),
+    monochromator_share=0.0,
+    counts=(3_000.0, 500_000.0),
+    background=(0.001, 0.1),
+    hump_share=0.7,  # glass or polymer of the capillary
+    hump_height=(0.0, 0.08),
+    hump_center=(14.0, 28.0),
+    two_theta_first=(5.0, 9.0),
+    two_theta_last=(75.0, 90.0),
+    impurity_strength=(0.0, 0.02),
+)
+
 # Configurations by the name that AugmentConfig.profile and a run's TOML give.
-PROFILES = {"lab": ProfileConfig()}
+PROFILES = {"lab": ProfileConfig(), "synchrotron": _SYNCHROTRON}
 
 
 def draw_profiles(n: int, config: ProfileConfig, generator: Generator) -> ProfileParameters:

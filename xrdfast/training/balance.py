@@ -12,7 +12,7 @@ Beyond", NeurIPS 2022 (mini-batch MGDA is biased; smoothed weights).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from xrdfast.models import SymmetryModel
+from xrdfast.symmetry import class_index
 
 METHODS = ("mgda", "mgda_ema", "sum")
 MAX_TASKS = 5  # four tasks, and distillation where it is an objective of its own
@@ -187,6 +188,7 @@ def balanced_step(
     balance: Balance,
     label_smoothing: float = 0.0,
     extra: ExtraLosses | None = None,
+    offsets: Mapping[str, Tensor] | None = None,
 ) -> StepResult:
     """Gradients of one step: a single encoder forward, balanced at the features.
 
@@ -203,6 +205,8 @@ def balanced_step(
         balance: for as many objectives as the model has tasks, and one more where `extra` is one of its own.
         label_smoothing: share of each label given to all classes alike.
         extra: losses beside the cross-entropies; None for none.
+        offsets: for each task, (n_classes,) added to the logits inside its cross-entropy (`logit_offsets`); None for
+            none. What `extra` reads stays as the model says it.
 
     Returns:
         Losses, weights and whether all was finite; all on the device.
@@ -242,8 +246,9 @@ def balanced_step(
     dtype = torch.promote_types(features.dtype, torch.float32)
     copies = features.detach().to(dtype).repeat(n_objectives, 1, 1).requires_grad_()
     logits = {task: model.heads[task](copy).to(dtype) for task, copy in zip(tasks, copies, strict=False)}
+    adjusted = logits if offsets is None else {task: logits[task] + offsets[task] for task in tasks}
     losses = torch.stack(
-        [F.cross_entropy(logits[task], labels[task], label_smoothing=label_smoothing) for task in tasks]
+        [F.cross_entropy(adjusted[task], labels[task], label_smoothing=label_smoothing) for task in tasks]
     )
     beside = losses.new_zeros(())  # outside the balance
     if extra is not None:
@@ -272,6 +277,43 @@ def balanced_step(
     for buffer, old in zip(statistics, before, strict=True):
         buffer.copy_(torch.where(finite, buffer, old))
     return StepResult(losses, weights.to(losses), finite)
+
+
+def logit_offsets(group_weight: Tensor, tau: float, tasks: Sequence[str]) -> dict[str, Tensor]:
+    """What logit adjustment adds to the logits in training: tau ln pi of each class.
+
+    With pi the share of a class among the patterns that training draws, the cross-entropy of f + tau ln pi makes the
+    model's own f rank classes as if all were equally frequent (at tau = 1): rare ones are no longer held back.
+
+    Args:
+        group_weight: (230,) how often each space group is drawn, in any unit; groups that are never drawn count as
+            the rarest one that is, so that their offset stays finite.
+        tau: >= 0; 0 changes nothing.
+        tasks: of `xrdfast.symmetry.TASKS`.
+
+    Returns:
+        For each task (n_classes,) float32.
+
+    Note:
+        The model's probabilities then belong to a world where all classes are equally frequent, and so do those of a
+        calibration fitted afterwards, which has no term that depends on the class.
+
+    Source:
+        Menon et al., ICLR 2021 (arXiv:2007.07314), eq. 10.
+
+    Example:
+        >>> weight = torch.ones(230)
+        >>> logit_offsets(weight, 1.0, ("crystal_system",))["crystal_system"].argmin()  # triclinic: 2 of 230
+        tensor(0)
+    """
+    weight = group_weight.double()
+    weight = torch.where(weight > 0, weight, weight[weight > 0].min())
+    offsets = {}
+    for task in tasks:
+        classes = torch.tensor(class_index(task))
+        share = weight.new_zeros(int(classes.max()) + 1).index_add(0, classes, weight / weight.sum())
+        offsets[task] = (tau * share.log()).float()
+    return offsets
 
 
 def _min_norm_of_live(gram: Tensor, live: Tensor, n_tasks: int) -> Tensor:

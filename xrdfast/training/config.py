@@ -67,7 +67,10 @@ class TrainConfig:
         clip_norm: largest norm of the whole gradient, 0 for no limit.
         ema_decay: of the averaged weights that are validated and saved; 0 takes the raw weights.
         balance: task balancing.
-        class_balance: 0 shows every pattern once an epoch; x > 0 draws patterns with weight count(group)^-x.
+        class_balance: balanced sampling: 0 shows every pattern once an epoch; x > 0 draws patterns with weight
+            count(group)^-x. (`balance` weighs tasks, not classes.)
+        logit_adjustment: tau of the offsets tau ln(share of a class drawn) inside the cross-entropies, 0 for none:
+            the model's own logits then rank rare classes as if all were equally frequent (at 1).
         precision: float32, or bf16 for matrix products under autocast.
         device: auto takes a GPU where there is one.
         seed: of weights, order, augmentation and dropout.
@@ -94,6 +97,7 @@ class TrainConfig:
     ema_decay: float = 0.999
     balance: str = "mgda"
     class_balance: float = 0.0
+    logit_adjustment: float = 0.0
     precision: str = "float32"
     device: str = "auto"
     seed: int = 0
@@ -137,6 +141,7 @@ _RULES: dict[str, _Rule] = {
     "train.ema_decay": _SHARE,
     "train.balance": _one_of(METHODS),
     "train.class_balance": ("in [0, 1]", lambda x: 0 <= x <= 1),
+    "train.logit_adjustment": ("in [0, 2]", lambda x: 0 <= x <= 2),
     "train.precision": _one_of(PRECISIONS),
     "train.device": _one_of(DEVICES),
     "train.seed": _NOT_NEGATIVE,

@@ -31,7 +31,7 @@ from xrdfast.models import build_model
 from xrdfast.posterior import fit_calibration
 from xrdfast.symmetry import N_CLASSES, class_index
 from xrdfast.training import checkpoint
-from xrdfast.training.balance import Balance, balanced_step
+from xrdfast.training.balance import Balance, balanced_step, logit_offsets
 from xrdfast.training.config import RunConfig, TrainConfig
 from xrdfast.training.distill import Distiller
 from xrdfast.training.processes import Processes, local_device, stop_on_signals
@@ -128,6 +128,12 @@ class Trainer:
             self.objectives = (*self.objectives, "distillation")
         self.balance = Balance(train.balance, len(self.objectives), self.device)
         self._class_index = {task: torch.tensor(class_index(task)) for task in self.model.tasks}
+        self._offsets: dict[str, Tensor] | None = None  # of the logits, in training
+        if train.logit_adjustment:
+            counts = self.store.group_counts(self.training).double()
+            drawn = torch.where(counts > 0, counts.pow(1.0 - train.class_balance), 0.0)
+            offsets = logit_offsets(drawn, train.logit_adjustment, self.model.tasks)
+            self._offsets = {task: self._moved(rows) for task, rows in offsets.items()}
 
         self.step = 0
         self.elapsed = 0.0  # seconds of all sittings
@@ -213,6 +219,7 @@ class Trainer:
                 self.balance,
                 train.label_smoothing,
                 self.distiller,
+                self._offsets,
             )
         self._elapsed_agreed, self._stop_agreed = self._processes.average_gradients(
             self._parameters, self._clock(), self._stop_requested
