@@ -19,6 +19,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 from xrdfast.errors import InputError, shown_path
 from xrdfast.screening.results import (
@@ -84,23 +85,20 @@ class Manifest:
         """
         with self._locked():
             known: set[str] = set()
+            begun: dict[str, int] = {}  # containers of which not every chunk is noted, and how far they are
             count = 0
-            spans: dict[str, int] = {}
-            for count, chunk in self.chunks():
-                known.update(map(os.path.abspath, chunk.paths))
-                if chunk.kind != "files":
-                    spans[os.path.abspath(chunk.paths[0])] = chunk.end
-                count += 1
-            new = (
-                path for path in files if os.path.abspath(path) not in known or os.path.abspath(path) in spans
-            )
+            for number, chunk in self.chunks():
+                count = number + 1
+                whole = [os.path.abspath(path) for path in chunk.paths]
+                if chunk.end < chunk.n_scans:
+                    begun[whole[0]] = chunk.end
+                else:
+                    known.update(whole)
+            new = (path for path in files if os.path.abspath(path) not in known)
             with self._writing() as file:
                 for chunk in find_chunks(new):
-                    # a container whose chunks were not all noted goes on behind the last
-                    if chunk.kind != "files":
-                        noted = spans.get(os.path.abspath(chunk.paths[0]))
-                        if noted is not None and chunk.end <= noted:
-                            continue
+                    if chunk.kind != "files" and chunk.begin < begun.get(os.path.abspath(chunk.paths[0]), 0):
+                        continue
                     file.write(json.dumps(chunk.to_dict()).encode() + b"\n")
                     file.flush()
                     os.fsync(file.fileno())
@@ -189,7 +187,7 @@ class Manifest:
                     yield line
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[object]:
+    def _writing(self) -> Iterator[IO[bytes]]:
         try:
             with open(self._path, "ab") as file:
                 yield file

@@ -29,13 +29,20 @@ from torch import Tensor
 
 from xrdfast.bragg import Radiation, radiation_of
 from xrdfast.data.scans import Scan
+from xrdfast.errors import InputError
 from xrdfast.models import SymmetryModel
 from xrdfast.ops.render import sticks_to_grid
 from xrdfast.posterior import JointPosterior, joint_posterior
 from xrdfast.prediction import SUPERCLASSES, SymmetryPredictor
 from xrdfast.screening.manifest import Manifest, part_errors
 from xrdfast.screening.preparation import Prepared, prepare_chunk, prepare_scans
-from xrdfast.screening.results import errors_path, write_failures, write_table
+from xrdfast.screening.results import (
+    count_rows,
+    errors_path,
+    read_failures,
+    write_failures,
+    write_table,
+)
 from xrdfast.screening.sources import Chunk, Failure, find_chunks, find_files
 from xrdfast.symmetry import class_names
 
@@ -45,7 +52,7 @@ Progress = Callable[[int, int, int], None]  # scans answered, failures, scans kn
 
 
 class Screener:
-    """Symmetry answers for many scans.
+    r"""Symmetry answers for many scans.
 
     Args:
         model: a predictor, a run folder or model file, or a bare model with the usual axis and no calibration.
@@ -62,7 +69,7 @@ class Screener:
     Example:
         >>> from xrdfast.models import build_model
         >>> path = getfixture("tmp_path") / "salt.xy"
-        >>> _ = path.write_text("27.37 8\\n31.70 100\\n45.45 65\\n56.47 21\\n75.30 25\\n")
+        >>> _ = path.write_text("27.37 8\n31.70 100\n45.45 65\n56.47 21\n75.30 25\n")
         >>> (row,) = Screener(build_model("small").eval(), top_k=3).run([path])
         >>> row["kind"], row["n_points"], len(row["space_group"]), row["confidence"] is None
         ('sticks', 5, 3, True)
@@ -182,6 +189,14 @@ class Screener:
             manifest.join()
             if watch is None or not watch():
                 return answered, failed
+
+    def totals(self, output: str | Path) -> tuple[int, int] | None:
+        """Rows and failures of all that an output holds; None while some of its chunks are not answered."""
+        output = Path(output)
+        manifest = Manifest(output, self.digest())
+        if manifest.n_kept != sum(1 for _ in manifest.chunks()):
+            return None
+        return count_rows(output), sum(1 for _ in read_failures(errors_path(output)))
 
     def answer(self, prepared: Sequence[Prepared | Failure]) -> tuple[list[dict[str, Any]], list[Failure]]:
         """Rows and failures of prepared scans, in their order."""
@@ -357,6 +372,21 @@ class _Readers:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
+
+
+def rank_of_environment() -> tuple[int, int]:
+    """Rank and number of processes, by the variables of torchrun or SLURM.
+
+    Raises:
+        InputError: for variables that are no rank below a count.
+    """
+    for rank, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+        if rank in os.environ and count in os.environ:
+            values = os.environ[rank], os.environ[count]
+            if not all(value.isdigit() for value in values) or int(values[0]) >= int(values[1]):
+                raise InputError(f"{rank}, {count}: environment: must be a rank below a count, got {values}")
+            return int(values[0]), int(values[1])
+    return 0, 1
 
 
 def disagreement(

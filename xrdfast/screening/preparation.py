@@ -113,7 +113,7 @@ def prepare_scans(scans: Iterator[Scan], whole_scans: bool) -> Iterator[Prepared
 
 
 def thumbnail(two_theta: NDArray[np.float64], intensity: NDArray[np.float64]) -> bytes:
-    """The pattern in 200 bytes: square root of the highest intensity of each bin of its own range, 0..255.
+    r"""The pattern in 200 bytes: square root of the highest intensity of each bin of its own range, 0..255.
 
     Args:
         two_theta: (n_points,) rising, degrees.
@@ -121,7 +121,7 @@ def thumbnail(two_theta: NDArray[np.float64], intensity: NDArray[np.float64]) ->
 
     Example:
         >>> thumbnail(np.array([10.0, 60.0]), np.array([25.0, 100.0]))[::199]
-        b'\\x80\\xff'
+        b'\x80\xff'
     """
     edges = np.linspace(two_theta[0], two_theta[-1], THUMBNAIL_BINS + 1)[:-1]
     begin = np.searchsorted(two_theta, edges)

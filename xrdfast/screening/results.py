@@ -129,6 +129,11 @@ def table_metadata(path: Path) -> dict[str, str]:
     return {key.decode(): value.decode("utf-8", "replace") for key, value in found.items()}
 
 
+def count_rows(path: Path) -> int:
+    """Rows of a table."""
+    return int(pq.read_metadata(path).num_rows)
+
+
 def errors_path(output: Path) -> Path:
     """Where the failures of a table of answers are."""
     return output.with_name(f"{output.stem}.errors.jsonl")

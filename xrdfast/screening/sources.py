@@ -56,12 +56,14 @@ class Chunk:
         kind: "files", "tar", "hdf5", "npz" or "packed".
         paths: of the files, or the container's one.
         begin, end: span of the container's scans or members.
+        n_scans: of the whole container.
     """
 
     kind: str
     paths: tuple[str, ...]
     begin: int = 0
     end: int = 0
+    n_scans: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -70,7 +72,9 @@ class Chunk:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Chunk:
         """Reads what `to_dict` gave."""
-        return cls(content["kind"], tuple(content["paths"]), content["begin"], content["end"])
+        return cls(
+            content["kind"], tuple(content["paths"]), content["begin"], content["end"], content["n_scans"]
+        )
 
     @property
     def n_expected(self) -> int:
@@ -197,7 +201,7 @@ def find_chunks(files: Iterable[str]) -> Iterator[Chunk]:
             continue
         n_scans = _count(kind, path)
         for begin in range(0, max(n_scans, 1), CHUNK_SCANS):
-            yield Chunk(kind, (path,), begin, min(begin + CHUNK_SCANS, n_scans))
+            yield Chunk(kind, (path,), begin, min(begin + CHUNK_SCANS, n_scans), n_scans)
     if waiting:
         yield Chunk("files", tuple(waiting))
 
