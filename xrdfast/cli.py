@@ -639,6 +639,20 @@ def pack(paths: tuple[Path, ...], output: Path, wavelength: float | None) -> Non
     click.get_current_context().exit(0 if packed and not failed else 1 if packed else 2)
 
 
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@_file_option("-o", "--output", required=True, help="Model file (.onnx or .pt2).")
+def export(model: Path, output: Path) -> None:
+    """Writes a trained model for other programs: ONNX, or torch.export's archive."""
+    from xrdfast.models.export import export_model
+    from xrdfast.training.checkpoint import load_model
+
+    export_model(load_model(model), output)
+    click.echo(
+        f"{output}: intensity (n_patterns, 8500), 0 to 100, to the logits of every task, not calibrated"
+    )
+
+
 @cli.command("import-checkpoint")
 @click.argument("file", type=click.Path(path_type=Path))
 @_file_option("-o", "--output", required=True, help="Model file (.safetensors).")

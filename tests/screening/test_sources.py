@@ -157,7 +157,7 @@ def test_hostile_hdf5(tmp_path):
         return only_failure(path)
 
     def huge(file) -> None:
-        file.create_dataset("intensity", (10**12, len(TWO_THETA)), chunks=(1, len(TWO_THETA)))
+        file.create_dataset("intensity", (10**12, len(TWO_THETA)), "f4", chunks=(1, len(TWO_THETA)))
 
     def linked(file) -> None:
         file["intensity"] = h5py.ExternalLink("/etc/passwd", "x")

@@ -126,19 +126,13 @@ class PackedScans:
         self.path = Path(path)
         try:
             self._file = open(self.path, "rb")  # noqa: SIM115 (closed by `close`)
-            self._tensors = self._read_header()
         except OSError as error:
             raise self._refusal("file: must be readable", error.strerror or error) from error
-        small = {name: self._read(name) for name in _LAYOUT if name not in _STREAMED}
-        n_scans = len(small["start"])
-        for name, array in small.items():
-            if len(array) != n_scans + (name in _OFFSETS):
-                raise self._refusal(f"{name}: must have one entry a scan, {n_scans} in all", len(array))
-        for name, target in _OFFSETS.items():
-            offset = small[name]
-            if offset[0] != 0 or offset[-1] != self._tensors[target][1] or (np.diff(offset) < 0).any():
-                raise self._refusal(f"{name}: must rise from 0 to the length of {target}", "other values")
-        self._small = small
+        try:
+            self._small = self._read_small()
+        except BaseException:
+            self.close()
+            raise
 
     def __len__(self) -> int:
         return len(self._small["start"])
@@ -198,6 +192,23 @@ class PackedScans:
     def _span(self, name: str, index: int) -> tuple[int, int]:
         offset = self._small[name]
         return int(offset[index]), int(offset[index + 1])
+
+    def _read_small(self) -> dict[str, NDArray[Any]]:
+        """Everything but points and names, checked."""
+        try:
+            self._tensors = self._read_header()
+            small = {name: self._read(name) for name in _LAYOUT if name not in _STREAMED}
+        except OSError as error:
+            raise self._refusal("file: must be readable", error.strerror or error) from error
+        n_scans = len(small["start"])
+        for name, array in small.items():
+            if len(array) != n_scans + (name in _OFFSETS):
+                raise self._refusal(f"{name}: must have one entry a scan, {n_scans} in all", len(array))
+        for name, target in _OFFSETS.items():
+            offset = small[name]
+            if offset[0] != 0 or offset[-1] != self._tensors[target][1] or (np.diff(offset) < 0).any():
+                raise self._refusal(f"{name}: must rise from 0 to the length of {target}", "other values")
+        return small
 
     def _read_header(self) -> dict[str, tuple[int, int]]:
         """Position in the file and length of every tensor."""
