@@ -35,7 +35,7 @@ from xrdfast.ops.render import sticks_to_grid
 from xrdfast.posterior import JointPosterior, joint_posterior
 from xrdfast.prediction import SUPERCLASSES, SymmetryPredictor
 from xrdfast.screening.manifest import Manifest, part_errors
-from xrdfast.screening.preparation import Prepared, prepare_chunk, prepare_scans
+from xrdfast.screening.preparation import Prepared, prepare_chunk, prepare_scan
 from xrdfast.screening.results import (
     count_rows,
     errors_path,
@@ -96,8 +96,6 @@ class Screener:
         self.predictor = model if isinstance(model, SymmetryPredictor) else SymmetryPredictor(model)
         self.given = None if wavelength is None else radiation_of(wavelength)
         self.top_k, self.batch_size, self.n_readers = top_k, batch_size, n_readers
-        # a predictor whose model reads whole scans prepares them itself
-        self.whole_scans = hasattr(self.predictor, "prepare_scans") and self.predictor.reads_scans
 
     def run(
         self,
@@ -117,7 +115,7 @@ class Screener:
             return
         everything = chain((first,), items)
         if isinstance(first, Scan):
-            pieces = _batched(prepare_scans(everything, self.whole_scans), self.batch_size)
+            pieces = _batched(map(prepare_scan, everything), self.batch_size)
         else:
             chunks = ((number, chunk) for number, chunk in enumerate(find_chunks(find_files(everything))))
             pieces = (prepared for _, _, prepared in self._read(chunks))
@@ -304,17 +302,17 @@ class Screener:
         """Chunks with their prepared scans, in order."""
         if self.n_readers == 0:
             for number, chunk in chunks:
-                yield number, chunk, prepare_chunk(chunk, self.given, self.whole_scans)
+                yield number, chunk, prepare_chunk(chunk, self.given)
             return
-        with _Readers(self.n_readers, self.given, self.whole_scans) as readers:
+        with _Readers(self.n_readers, self.given) as readers:
             yield from readers.read(chunks)
 
 
 class _Readers:
     """Processes that prepare chunks. One that dies of a chunk takes nothing else with it."""
 
-    def __init__(self, n_readers: int, given: Radiation | None, whole_scans: bool) -> None:
-        self._n_readers, self._options = n_readers, (given, whole_scans)
+    def __init__(self, n_readers: int, given: Radiation | None) -> None:
+        self._n_readers, self._given = n_readers, given
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> _Readers:
@@ -343,7 +341,7 @@ class _Readers:
                 initializer=_begin_reader,
             )
         try:
-            return self._pool.submit(prepare_chunk, chunk, *self._options)
+            return self._pool.submit(prepare_chunk, chunk, self._given)
         except BrokenProcessPool as error:
             broken: Future[list[Prepared | Failure]] = Future()
             broken.set_exception(error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,14 +23,14 @@ _SECOND_DIFFERENCE = (
 
 @dataclass(frozen=True)
 class Prepared:
-    """A scan ready for the model; `None` lines mean that the whole scan goes to it.
+    """A scan ready for a model of lines.
 
     Attributes:
         scan_id, file, member, scan_index, sha256: as `Found`.
         kind: "scan" or "sticks".
         wavelength, wavelength_source, is_doublet: as `Scan`.
         n_points, two_theta_first, two_theta_last: of the scan as measured, degrees.
-        two_theta, intensity: (n_lines,) the lines of a list, the peaks of a scan, or the scan itself.
+        two_theta, intensity: (n_lines,) the lines of a list, or the peaks of a scan.
         notes: what was done, and what is wrong with the pattern, a sentence each.
         thumbnail: 200 bytes, see `thumbnail`.
         seconds: of reading and preparing.
@@ -56,21 +55,22 @@ class Prepared:
     seconds: float
 
 
-def prepare_chunk(chunk: Chunk, given: Radiation | None, whole_scans: bool) -> list[Prepared | Failure]:
+def prepare_chunk(chunk: Chunk, given: Radiation | None) -> list[Prepared | Failure]:
     """Reads and prepares a chunk: the work of a reader process.
 
     Args:
         chunk: of `find_chunks`.
         given: radiation for files that state none.
-        whole_scans: whether the model reads scans rather than their peaks.
     """
-    return [
-        found if isinstance(found, Failure) else prepare(found, whole_scans)
-        for found in read_chunk(chunk, given)
-    ]
+    return [found if isinstance(found, Failure) else prepare(found) for found in read_chunk(chunk, given)]
 
 
-def prepare(found: Found, whole_scans: bool = False) -> Prepared | Failure:
+def prepare_scan(scan: Scan) -> Prepared | Failure:
+    """The same for a scan at hand."""
+    return prepare(Found(scan, scan.path, "", scan.scan, "", 0.0))
+
+
+def prepare(found: Found) -> Prepared | Failure:
     """What the model and the table need of one scan."""
     start = time.perf_counter()
     scan = found.scan
@@ -78,13 +78,12 @@ def prepare(found: Found, whole_scans: bool = False) -> Prepared | Failure:
     two_theta, intensity, notes = scan.two_theta, scan.intensity, list(scan.notes)
     if kind == "scan":
         notes += _quality(intensity)
-        if not whole_scans:
-            two_theta, intensity = find_peaks(two_theta, intensity)
-            if len(two_theta) == 0:
-                reason = "peaks: must stand out of the noise, got none: amorphous, empty or too noisy"
-                return Failure(found.scan_id, found.file, found.member, found.index, reason)
-            if len(two_theta) < _FEW_PEAKS:
-                notes.append(f"amorphous or nearly so: {len(two_theta)} peaks stand out")
+        two_theta, intensity = find_peaks(two_theta, intensity)
+        if len(two_theta) == 0:
+            reason = "peaks: must stand out of the noise, got none: amorphous, empty or too noisy"
+            return Failure(found.scan_id, found.file, found.member, found.index, reason)
+        if len(two_theta) < _FEW_PEAKS:
+            notes.append(f"amorphous or nearly so: {len(two_theta)} peaks stand out")
     return Prepared(
         scan_id=found.scan_id,
         file=found.file,
@@ -104,12 +103,6 @@ def prepare(found: Found, whole_scans: bool = False) -> Prepared | Failure:
         thumbnail=thumbnail(scan.two_theta, scan.intensity),
         seconds=found.seconds + time.perf_counter() - start,
     )
-
-
-def prepare_scans(scans: Iterator[Scan], whole_scans: bool) -> Iterator[Prepared | Failure]:
-    """The same for scans that are at hand."""
-    for scan in scans:
-        yield prepare(Found(scan, scan.path, "", scan.scan, "", 0.0), whole_scans)
 
 
 def thumbnail(two_theta: NDArray[np.float64], intensity: NDArray[np.float64]) -> bytes:
