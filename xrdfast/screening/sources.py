@@ -13,9 +13,11 @@ Anything else is a file of one scan or several. Nothing is ever unpacked to disk
 from __future__ import annotations
 
 import bz2
+import contextlib
 import glob
 import gzip
 import hashlib
+import itertools
 import os
 import tarfile
 import time
@@ -235,13 +237,47 @@ def read_chunk(chunk: Chunk, given: Radiation | None = None) -> Iterator[Found |
 def _count(kind: str, path: str) -> int:
     """Scans or members of a container; 0 where it cannot be opened, which reading will explain."""
     try:
-        if kind == "tar":
-            with _Tar(path) as tar:
-                return sum(1 for _ in tar.members())
-        with _CONTAINERS[kind](path) as container:
-            return len(container)
+        container = _CONTAINERS[kind](path)
     except InputError:
         return 0
+    try:
+        return len(container)
+    except InputError:
+        return 0
+    finally:
+        container.close()
+
+
+@contextlib.contextmanager
+def _opened(chunk: Chunk) -> Iterator[Any]:
+    """The chunk's container; it stays open for the next chunk, which then goes on where this one ended.
+
+    Without that, archives that can only be read forwards would be read from their beginning for every chunk.
+    """
+    global _kept
+    (path,) = chunk.paths
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise InputError(f"{shown_path(path)}: file: must be readable, got {error.strerror}") from error
+    key = (chunk.kind, path, status.st_ino, status.st_size, status.st_mtime_ns)
+    (kept_key, container), _kept = _kept or (None, None), None
+    if kept_key != key:
+        if container is not None:
+            container.close()
+        container = _CONTAINERS[chunk.kind](path)
+    try:
+        yield container
+    except BaseException:
+        container.close()
+        raise
+    if chunk.end < chunk.n_scans:
+        _kept = key, container
+    else:
+        container.close()
+
+
+_kept: tuple[tuple[object, ...], Any] | None = None
 
 
 def _failure(file: str, member: str, index: int, reason: str) -> Failure:
@@ -273,12 +309,8 @@ def _read_content(
 
 def _read_tar(chunk: Chunk, given: Radiation | None) -> Iterator[Found | Failure]:
     (path,) = chunk.paths
-    with _Tar(path) as tar:
-        for index, member in enumerate(tar.members()):
-            if index >= chunk.end:
-                return
-            if index < chunk.begin:
-                continue
+    with _opened(chunk) as tar:
+        for member in itertools.islice(tar.members(chunk.begin), chunk.end - chunk.begin):
             start = time.perf_counter()
             try:
                 data = tar.content(member)
@@ -290,7 +322,7 @@ def _read_tar(chunk: Chunk, given: Radiation | None) -> Iterator[Found | Failure
 
 def _read_container(chunk: Chunk, given: Radiation | None) -> Iterator[Found | Failure]:
     (path,) = chunk.paths
-    with _CONTAINERS[chunk.kind](path) as container:
+    with _opened(chunk) as container:
         for index in range(chunk.begin, chunk.end):
             start = time.perf_counter()
             try:
@@ -306,33 +338,50 @@ def _read_container(chunk: Chunk, given: Radiation | None) -> Iterator[Found | F
 
 
 class _Tar:
-    """Members of a tar archive in their order, in bounded memory, whatever it says about itself."""
+    """Members of a tar archive in their order, in bounded memory, whatever it says about itself.
+
+    Raises:
+        InputError: for a file that is missing or no tar archive.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
-
-    def __enter__(self) -> _Tar:
+        self._file = _Bounded(_open_archive(path))
         try:
-            self._file = _Bounded(_open_archive(self._path))
-            self._tar = tarfile.open(fileobj=self._file, mode="r:")  # type: ignore[call-overload]
-        except _TAR_ERRORS as error:
-            self.__exit__()
-            raise self._refusal(error) from error
-        return self
+            self._rewind()
+        except InputError:
+            self.close()
+            raise
 
-    def __exit__(self, *_: object) -> None:
-        if hasattr(self, "_file"):
-            self._file.close()
+    def __len__(self) -> int:
+        return sum(1 for _ in self.members(0))
 
-    def members(self) -> Iterator[tarfile.TarInfo]:
-        """All but folders."""
+    def close(self) -> None:
+        """Closes the archive."""
+        self._file.close()
+
+    def members(self, begin: int) -> Iterator[tarfile.TarInfo]:
+        """All but folders, from the one with this number."""
+        if begin < self._position:
+            self._rewind()
         try:
             while (member := self._tar.next()) is not None:
                 self._tar.members = []  # else tarfile keeps every one
                 if member.size > _MAX_SKIPPED and self._file.compressed:
                     raise InputError(f"member {member.name[:200]!r}: must have at most {_MAX_SKIPPED} bytes")
-                if not member.isdir():
+                if member.isdir():
+                    continue
+                self._position += 1
+                if self._position > begin:
                     yield member
+        except _TAR_ERRORS as error:
+            raise self._refusal(error) from error
+
+    def _rewind(self) -> None:
+        self._position = 0
+        try:
+            self._file.seek(0)
+            self._tar = tarfile.open(fileobj=self._file, mode="r:")  # type: ignore[call-overload]  # noqa: SIM115 (closed by `close`)
         except _TAR_ERRORS as error:
             raise self._refusal(error) from error
 
@@ -385,8 +434,13 @@ def _open_archive(path: str) -> IO[bytes]:
     return bz2.open(path) if name.endswith(".bz2") else open(path, "rb")
 
 
-_CONTAINERS: dict[str, Callable[[str], Any]] = {"hdf5": Hdf5Stack, "npz": NpzStack, "packed": PackedScans}
+_CONTAINERS: dict[str, Callable[[str], Any]] = {
+    "tar": _Tar,
+    "hdf5": Hdf5Stack,
+    "npz": NpzStack,
+    "packed": PackedScans,
+}
 _READERS: dict[str, Callable[[Chunk, Radiation | None], Iterator[Found | Failure]]] = {
-    "tar": _read_tar,
     **dict.fromkeys(_CONTAINERS, _read_container),
+    "tar": _read_tar,
 }
