@@ -50,6 +50,7 @@ ARROWS = {
     "lines": {"data", "ops", "symmetry", "bragg", "errors"},
     "prediction": {"models", "data", "lines", "symmetry", "bragg", "ops", "posterior", "training", "errors"},
     "report": {"data", "symmetry", "models", "posterior", "bragg", "errors"},
+    "screening": {"data", "models", "ops", "symmetry", "bragg", "posterior", "prediction", "errors"},
     "terminal": set(),
     "demo": None,  # the main job: anything
     "cli": None,

@@ -25,6 +25,7 @@ _PUBLIC = {
     "Trainer": "xrdfast.training.trainer",
     "joint_posterior": "xrdfast.posterior",
     "SymmetryPredictor": "xrdfast.prediction",
+    "Screener": "xrdfast.screening.pipeline",
     "read": "xrdfast.data.scans",
     "InputError": "xrdfast.errors",
 }

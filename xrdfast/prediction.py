@@ -17,7 +17,15 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from xrdfast.bragg import KA1_WAVELENGTH, Grid, convert_two_theta, doublet_anode, radiations, wavelength_of
+from xrdfast.bragg import (
+    KA1_WAVELENGTH,
+    Grid,
+    convert_two_theta,
+    doublet_anode,
+    radiation_of,
+    radiations,
+    wavelength_of,
+)
 from xrdfast.data.generate import PatternSource
 from xrdfast.data.peaks import find_peaks, is_scan
 from xrdfast.data.scans import read
@@ -164,9 +172,10 @@ class SymmetryPredictor:
         Args:
             intensity: (n_patterns, n_points) float32, 0 to 100.
         """
-        return joint_posterior(self._logits(intensity), self.calibration)
+        return joint_posterior(self.logits(intensity), self.calibration)
 
-    def _logits(self, intensity: Tensor) -> dict[str, Tensor]:
+    def logits(self, intensity: Tensor) -> dict[str, Tensor]:
+        """Logits on the CPU, by task, of patterns as `posterior` takes them."""
         device = next(self.model.parameters()).device
         with torch.inference_mode():
             logits = self.model(intensity.to(device))._asdict()
@@ -198,7 +207,7 @@ class SymmetryPredictor:
         pieces, labels, done = [], [], 0
         for batch in rows.split(_BATCH):
             intensity, number = source.batch(batch)
-            pieces.append(self._logits(intensity))
+            pieces.append(self.logits(intensity))
             labels.append(number)
             done += len(batch)
             if progress is not None:
@@ -270,7 +279,7 @@ class SymmetryPredictor:
         two_theta, intensity = _checked_lines("predict_sticks", two_theta, intensity)
         source = "assumed" if wavelength is None else "given"
         wavelength = self.wavelength if wavelength is None else wavelength_of(wavelength)
-        pattern, notes = self._on_axis(two_theta, intensity, wavelength)
+        pattern, notes = self.lines_on_axis(two_theta, intensity, wavelength)
         notes = [f"read as a list of {len(two_theta)} lines", *notes]
         return self._answer(pattern, "sticks", wavelength, source, notes, n_candidates)
 
@@ -304,14 +313,11 @@ class SymmetryPredictor:
             f"read as a scan of {len(two_theta)} points; no model is trained on scans yet, so its "
             f"{len(place)} peaks go to a model of lines"
         ]
-        if anode := doublet_anode(wavelength):
-            wavelength, second = radiations()[f"{anode}Ka1"], radiations()[f"{anode}Ka2"]
-            keep = ~_satellites(place, height, wavelength, second)
-            notes.append(f"{anode} K-alpha doublet: {int((~keep).sum())} K-alpha 2 satellites left out")
-            place, height = place[keep], height[keep]
         if len(place) == 0:
             raise ValueError("peaks: must stand out of the noise, got none")
-        pattern, more = self._on_axis(place, height, wavelength)
+        anode = doublet_anode(wavelength)
+        wavelength = radiations()[f"{anode}Ka1"] if anode else wavelength
+        pattern, more = self.lines_on_axis(place, height, wavelength, is_doublet=anode is not None)
         moved = convert_two_theta(two_theta, wavelength, self.wavelength)
         there = np.isfinite(moved)
         pattern = Pattern(pattern.two_theta, pattern.intensity, scan=(moved[there], intensity[there]))
@@ -346,11 +352,30 @@ class SymmetryPredictor:
         except ValueError as error:
             raise InputError(f"{path}: {error}") from error
 
-    def _on_axis(
-        self, two_theta: NDArray[np.float64], intensity: NDArray[np.float64], wavelength: float
+    def lines_on_axis(
+        self,
+        two_theta: NDArray[np.float64],  # (n_lines,)
+        intensity: NDArray[np.float64],  # (n_lines,)
+        wavelength: float,
+        *,
+        is_doublet: bool = False,
     ) -> tuple[Pattern, list[str]]:
-        """Lines at the model's wavelength, inside its range, strongest = 100; and what was done."""
+        """Lines at the model's wavelength, inside its range, strongest = 100; and what was done.
+
+        Args:
+            two_theta: degrees, rising.
+            intensity: any scale.
+            wavelength: Angstrom; of K-alpha 1 for a doublet.
+            is_doublet: whether these are peaks with K-alpha 2 satellites among them, to be left out.
+
+        Raises:
+            ValueError: for no line inside the range.
+        """
         notes = []
+        if is_doublet and (anode := _anode(wavelength)):
+            keep = ~_satellites(two_theta, intensity, wavelength, radiations()[f"{anode}Ka2"])
+            notes.append(f"{anode} K-alpha doublet: {int((~keep).sum())} K-alpha 2 satellites left out")
+            two_theta, intensity = two_theta[keep], intensity[keep]
         moved = two_theta
         if wavelength != self.wavelength:
             moved = convert_two_theta(two_theta, wavelength, self.wavelength)
@@ -426,6 +451,12 @@ def _checked_lines(
     if not (np.isfinite(intensity) & (intensity >= 0.0)).all():
         raise ValueError(f"{op}: intensity must be finite and >= 0, got other values")
     return two_theta, intensity
+
+
+def _anode(first: float) -> str | None:
+    """The anode of a K-alpha 1 line."""
+    name = radiation_of(first).name
+    return name.removesuffix("Ka1") if name.endswith("Ka1") else None
 
 
 def _lorentz_polarisation(two_theta: NDArray[np.float64]) -> NDArray[np.float64]:

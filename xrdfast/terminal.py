@@ -6,7 +6,9 @@ Tables go to standard output. Bars go to standard error, and only where that is 
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -56,6 +58,40 @@ def training_bar(title: str) -> Iterator[Callable[[dict[str, Any]], None]]:
                     print(line, file=sys.stderr, flush=True)
 
         yield follow
+
+
+@contextlib.contextmanager
+def screening_progress(as_json: bool) -> Iterator[Callable[[int, int, int], None]]:
+    """A bar moved by calls with (answered, failed, known so far); or, as JSON, a line a second and one at the end."""
+    if not as_json:
+        with _progress() as progress:
+            task = progress.add_task("screening", total=None, unit="scans")
+            yield lambda answered, failed, known: progress.update(
+                task, completed=answered + failed, total=known
+            )
+        return
+    begin = last = time.monotonic()
+    state = (0, 0, 0)
+
+    def line() -> None:
+        answered, failed, known = state
+        rate = (answered + failed) / max(time.monotonic() - begin, 1e-9)
+        left = (known - answered - failed) / rate if rate else None
+        record = {"answered": answered, "failed": failed, "known": known}
+        record |= {"rate": round(rate, 2), "eta": None if left is None else round(left, 1)}
+        print(json.dumps(record), file=sys.stderr, flush=True)
+
+    def follow(answered: int, failed: int, known: int) -> None:
+        nonlocal last, state
+        state = (answered, failed, known)
+        if time.monotonic() - last >= 1.0:
+            last = time.monotonic()
+            line()
+
+    try:
+        yield follow
+    finally:
+        line()
 
 
 def print_table(

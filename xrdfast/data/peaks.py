@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -88,7 +89,7 @@ def find_peaks(
     net = smooth - _background(smooth, min(max(2, round(_BACKGROUND_WIDTH / step)), _MAX_WINDOW // 2))
     # clipped under the valleys of the noise, the background lies too low by up to three deviations
     net -= np.clip(_local_median(net, block, n), 0.0, 3.0 * noise)
-    top, prominence = _maxima(net)
+    top, prominence = _maxima(net, threshold * float(noise.min()))
     strong = (prominence > threshold * noise[top]) & (net[top] > threshold * noise[top])
     strong &= prominence > _MIN_HEIGHT * net.max()
     strong &= (top >= half) & (top < n - half)  # nearer to an end, the smoothing invents points
@@ -121,40 +122,56 @@ def _smooth(intensity: NDArray[np.float64], half: int) -> NDArray[np.float64]:
     """Values of parabolas fitted over 2 half + 1 points."""
     if half < 2:
         return intensity.copy()  # three points lie on their parabola
+    return np.convolve(np.pad(intensity, half, mode="edge"), _parabola(half), mode="valid")
+
+
+@functools.lru_cache(maxsize=64)
+def _parabola(half: int) -> NDArray[np.float64]:
+    """Weights whose sum is the middle of the parabola through 2 half + 1 points."""
     at = np.arange(-half, half + 1.0)
-    kernel = np.linalg.pinv(np.stack([np.ones_like(at), at, at**2], 1))[0]
-    return np.convolve(np.pad(intensity, half, mode="edge"), kernel, mode="valid")
+    return np.linalg.pinv(np.stack([np.ones_like(at), at, at**2], 1))[0]
 
 
 def _background(intensity: NDArray[np.float64], width: int) -> NDArray[np.float64]:
     floor = np.maximum(intensity - min(float(intensity.min()), 0.0), 0.0)
     level = np.log1p(np.log1p(np.sqrt(floor + 1.0)))
     padded = np.pad(level, width, mode="reflect") if width < len(level) else np.pad(level, width, mode="edge")
+    scratch = np.empty_like(padded)  # new arrays in this loop would cost more than what is computed
     for reach in range(width, 0, -1):
-        mean = 0.5 * (padded[: -2 * reach] + padded[2 * reach :])
-        padded[reach:-reach] = np.minimum(padded[reach:-reach], mean)
+        mean, inner = scratch[: -2 * reach], padded[reach:-reach]
+        np.add(padded[: -2 * reach], padded[2 * reach :], out=mean)
+        mean *= 0.5
+        np.minimum(inner, mean, out=inner)
     background = np.expm1(np.expm1(padded[width:-width])) ** 2 - 1.0
     return background + min(float(intensity.min()), 0.0)
 
 
 def _local_median(values: NDArray[np.float64], width: int, n_points: int) -> NDArray[np.float64]:
     """(n_points,) medians of blocks of about `width` values, interpolated: peaks hardly touch them."""
-    blocks = np.array_split(values, max(1, len(values) // width))
-    size = np.array([len(block) for block in blocks])
+    n_blocks = max(1, len(values) // width)
+    short, n_long = divmod(len(values), n_blocks)  # as np.array_split: the first blocks have a point more
+    cut = n_long * (short + 1)
+    long_blocks, short_blocks = values[:cut].reshape(n_long, short + 1), values[cut:].reshape(-1, short)
+    size = np.repeat([short + 1, short], [n_long, n_blocks - n_long])
     centre = np.cumsum(size) - 0.5 * size
-    return np.interp(np.arange(n_points), centre, [np.median(block) for block in blocks])
+    medians = [np.median(blocks, axis=1) for blocks in (long_blocks, short_blocks) if len(blocks)]
+    return np.interp(np.arange(n_points), centre, np.concatenate(medians))
 
 
-def _maxima(values: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Places of local maxima, and their prominences: height over the higher of the valleys to higher ground.
+def _maxima(values: NDArray[np.float64], floor: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Places of local maxima above a floor, and their prominences: height over the higher of the valleys to higher
+    ground.
 
-    Beyond the ends lies the lowest value of all. A plateau is one maximum, at its middle.
+    Beyond the ends lies the lowest value of all. A plateau is one maximum, at its middle. Maxima below the floor are
+    no higher ground for those above, so to leave them out changes nothing for these.
     """
     starts = np.flatnonzero(np.r_[True, np.diff(values) != 0.0])
     level = values[starts]
     padded = np.r_[np.inf, level, np.inf]  # a rise that the end cuts off is no maximum
     is_top = (padded[1:-1] > padded[:-2]) & (padded[1:-1] > padded[2:])
-    runs = np.flatnonzero(is_top)
+    runs = np.flatnonzero(is_top & (level > floor))
+    if len(runs) == 0:
+        return np.zeros(0, np.int64), np.zeros(0)
     ends = np.r_[starts[1:], len(values)] - 1
     top = (starts[runs] + ends[runs]) // 2
     # valley between neighbouring maxima: the lowest level after one and before the next

@@ -112,7 +112,22 @@ def read_all(path: str | Path, *, wavelength: str | float | None = None) -> Iter
     """
     given = None if wavelength is None else radiation_of(wavelength)
     try:
-        name, scans = read_scans(decompress(read_bytes(Path(path))))
+        data = read_bytes(Path(path))
+    except InputError as error:
+        raise InputError(f"{shown_path(path)}: {error}") from error
+    yield from scans_of_content(data, path, given)
+
+
+def scans_of_content(
+    data: bytes, path: str | Path, given: Radiation | None = None
+) -> Iterator[Scan | InputError]:
+    """Every scan of a file's content, as `read_all`; `path` names it, and need not exist.
+
+    Raises:
+        InputError: for content that cannot be read at all.
+    """
+    try:
+        name, scans = read_scans(decompress(data))
     except InputError as error:
         raise InputError(f"{shown_path(path)}: {error}") from error
     for index in range(len(scans)):
@@ -131,31 +146,72 @@ def _checked(path: str | Path, name: str, scans: list[Measured], index: int, giv
         if before and name != COLUMNS:
             notes.append(f"{before} points at or below 0 degrees left out")
             two_theta, intensity = two_theta[before:], intensity[before:]
-        _check_points(two_theta, intensity)
+        return scan_of_points(
+            two_theta,
+            intensity,
+            stated=measured.radiation,
+            given=given,
+            path=str(path),
+            format=name,
+            scan=index,
+            n_scans=len(scans),
+            title=measured.title,
+            notes=tuple(notes),
+        )
     except InputError as error:
         raise refusal(name, error) from error
+
+
+def scan_of_points(
+    two_theta: NDArray[np.float64],  # (n_points,)
+    intensity: NDArray[np.float64],  # (n_points,)
+    *,
+    path: str,
+    stated: Radiation | None = None,
+    given: Radiation | None = None,
+    format: str = COLUMNS,
+    scan: int = 0,
+    n_scans: int = 1,
+    title: str = "",
+    notes: tuple[str, ...] = (),
+) -> Scan:
+    """A scan of arrays, under the rules and with the assumptions of `read`.
+
+    Args:
+        two_theta: degrees.
+        intensity: any unit.
+        path: of the file they came from.
+        stated: radiation by the file; None where it states none.
+        given: by whoever asks, for a file that states none.
+        format: as `Scan` has it, and `scan`, `n_scans`, `title`, `notes`.
+
+    Raises:
+        InputError: for points that break a rule.
+    """
+    _check_points(two_theta, intensity)
+    more = []
     if negative := int((intensity < 0.0).sum()):
-        notes.append(f"{negative} negative intensities set to 0")
+        more.append(f"{negative} negative intensities set to 0")
         intensity = np.maximum(intensity, 0.0)
-    radiation, source = measured.radiation, "file"
+    radiation, source = stated, "file"
     if radiation is None:
         radiation, source = (radiation_of(_ASSUMED), "assumed") if given is None else (given, "given")
     elif given is not None and given != radiation and abs(given.wavelength - radiation.wavelength) > 1e-3:
-        notes.append(
+        more.append(
             f"the wavelength given, {given.wavelength:g}, is not the file's, {radiation.wavelength:g}, which was kept"
         )
     return Scan(
         two_theta,
         intensity,
-        str(path),
+        path,
         radiation.wavelength,
         source,
         radiation.name,
-        name,
-        index,
-        len(scans),
-        measured.title,
-        tuple(notes),
+        format,
+        scan,
+        n_scans,
+        title,
+        (*notes, *more),
     )
 
 

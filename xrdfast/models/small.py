@@ -95,8 +95,9 @@ class SmallEncoder(nn.Module):
         # Which weak lines are there decides between space groups: at equal size and training (100,000 patterns) the
         # square root of the intensity gave 48 % top-1, the fourth root 54, the eighth 56.
         amplitude = (0.01 * intensity).clamp(min=0).sqrt().sqrt().sqrt()
-        bins = amplitude.new_zeros(len(amplitude), N_BINS)
-        bins = bins.scatter_reduce(1, self.bin.expand(len(bins), -1), amplitude, "amax")
+        n_patterns = amplitude.shape[0]  # len() would fix the number of patterns of an exported model
+        bins = amplitude.new_zeros(n_patterns, N_BINS)
+        bins = bins.scatter_reduce(1, self.bin.expand(n_patterns, -1), amplitude, "amax")
         x = F.gelu(self.stem(bins[:, :, None]) + self.position)
         for norm, merge in zip(self.norms, self.mergers, strict=True):
             x = F.gelu(merge(norm(x)))

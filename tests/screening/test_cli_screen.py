@@ -1,0 +1,68 @@
+"""`xrdfast screen` and `xrdfast pack`: exit codes, messages, progress."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from tests.screening.scans_written import write_folder
+from xrdfast.bragg import KA1_WAVELENGTH, Grid
+from xrdfast.cli import cli
+from xrdfast.models import build_model
+from xrdfast.training.checkpoint import ModelCard, save_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "plain.safetensors"
+    card = ModelCard(preset="plain_cnn", wavelength=KA1_WAVELENGTH, grid=dataclasses.asdict(Grid()))
+    save_model(path, build_model("plain_cnn"), card)
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def test_exit_codes_and_progress(model, tmp_path):
+    folder, output = write_folder(tmp_path / "scans", 2), tmp_path / "out.parquet"
+    options = ("--model", model, "--readers", 0)
+    done = run("screen", folder, "-o", output, *options, "--json")
+    assert done.exit_code == 0, done.output
+    assert "2 answered, 0 failed" in done.stdout
+    last = json.loads(done.stderr.splitlines()[-1])
+    assert (last["answered"], last["failed"], last["known"]) == (2, 0, 2) and last["rate"] > 0.0
+    (folder / "bad.xy").write_text("nothing here\n")
+    done = run("screen", folder, "-o", output, *options)
+    assert done.exit_code == 1 and "2 answered, 1 failed; of these now 0 and 1" in done.stdout
+    done = run("screen", tmp_path / "none", "-o", tmp_path / "none.parquet", *options)
+    assert done.exit_code == 2 and "0 answered, 1 failed" in done.stdout
+    assert "no such file" in (tmp_path / "none.errors.jsonl").read_text().lower()
+
+
+def test_refusals(model, tmp_path):
+    folder = write_folder(tmp_path / "scans", 1)
+    for arguments, message in (
+        ((folder, "-o", tmp_path / "out.csv"), "must end in .parquet"),
+        ((folder, "-o", tmp_path / "out.parquet", "--model", tmp_path / "none"), "got none"),
+        ((folder, "-o", tmp_path / "none" / "out.parquet", "--model", model), "must be writable"),
+        ((folder, "-o", tmp_path / "out.parquet", "--model", model, "--watch", "--engine", "ray"), "--watch"),
+    ):
+        done = run("screen", *arguments)
+        assert done.exit_code == 2 and message in done.stderr, done.output
+
+
+def test_pack(model, tmp_path):
+    folder, packed = write_folder(tmp_path / "scans", 2), tmp_path / "all.scans.safetensors"
+    assert run("pack", folder, "-o", packed).exit_code == 0
+    done = run("screen", packed, "-o", tmp_path / "out.parquet", "--model", model, "--readers", 0)
+    assert done.exit_code == 0 and "2 answered" in done.stdout
+    (folder / "bad.xy").write_text("nothing here\n")
+    done = run("pack", folder, "-o", packed)
+    assert done.exit_code == 1 and "2 scans, 1 failed" in done.stdout

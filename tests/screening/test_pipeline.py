@@ -1,0 +1,325 @@
+"""The pipeline: one row a scan, whatever the engine, and nothing lost wherever a run is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from tests.screening.scans_written import write_folder, write_npz, write_tar
+from xrdfast.data import files
+from xrdfast.data.scans import read
+from xrdfast.errors import InputError
+from xrdfast.models import build_model
+from xrdfast.posterior import Calibration
+from xrdfast.prediction import SUPERCLASSES, SymmetryPredictor
+from xrdfast.screening import pipeline, sources
+from xrdfast.screening.pipeline import Screener, disagreement, rank_of_environment
+from xrdfast.screening.results import SCHEMA
+from xrdfast.symmetry import TASKS, class_index, class_names
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def predictor() -> SymmetryPredictor:
+    torch.manual_seed(0)
+    calibration = Calibration(dict.fromkeys(TASKS, 1.5), dict.fromkeys(TASKS, 0.8))
+    return SymmetryPredictor(build_model("small").eval(), calibration=calibration)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(sources, "CHUNK_FILES", 2)
+    monkeypatch.setattr(sources, "CHUNK_SCANS", 2)
+
+
+def table(path: Path) -> list[dict]:
+    """Rows without what time alone decides."""
+    rows = pq.read_table(path).to_pylist()
+    for row in rows:
+        assert row.pop("seconds") > 0.0
+    return rows
+
+
+def test_rows_are_what_predict_says(predictor, tmp_path, small_chunks):
+    folder = write_folder(tmp_path / "scans", 3)
+    rows = list(Screener(predictor).run([folder]))
+    assert [set(row) for row in rows] == [set(SCHEMA.names)] * 3
+    for row in rows:
+        answer = predictor.predict_file(row["file"])
+        assert row["space_group"] == [c.space_group_number for c in answer.candidates]
+        assert row["probability"] == pytest.approx([c.probability for c in answer.candidates], abs=1e-5)
+        assert row["confidence"] == row["probability"][0]
+        for level in SUPERCLASSES:
+            assert row[level] == answer.superclasses[level][0][0]
+            assert row[f"{level}_probability"] == pytest.approx(answer.superclasses[level][0][1], abs=1e-5)
+        assert (row["kind"], row["n_points"], row["wavelength_source"]) == ("scan", 1701, "assumed")
+        assert (row["two_theta_first"], row["two_theta_last"]) == (5.0, 90.0)
+        assert len(row["thumbnail"]) == 200 and max(row["thumbnail"]) == 255
+        assert 0.0 <= row["out_of_distribution"] <= 1.0 and row["several_phases"] is None
+        everything = predictor.predict_file(row["file"], n_candidates=230).candidates
+        total = np.cumsum([c.probability for c in everything])
+        assert len(row["credible_set"]) == int((total < 0.95).sum()) + 1
+    scans = [read(row["file"]) for row in rows]
+    again = list(Screener(predictor).run(iter(scans)))
+    assert [row["space_group"] for row in again] == [row["space_group"] for row in rows]
+
+
+def test_failures_and_notes(predictor, tmp_path):
+    x = np.arange(20.0, 40.0, 0.01)
+    noise = np.random.default_rng(0).normal(100.0, 5.0, len(x))
+    for name, y in (("flat", noise), ("one", noise + 60.0 * np.exp(-(((x - 30.0) / 0.1) ** 2)))):
+        (tmp_path / f"{name}.xy").write_text("".join(f"{a:.2f} {b:.3f}\n" for a, b in zip(x, y, strict=True)))
+    (tmp_path / "lines.xy").write_text("100 1\n120 2\n")
+    told = []
+    rows = list(Screener(predictor).run([tmp_path], told.append))
+    reasons = {os.path.basename(failure.file): failure.reason for failure in told}
+    assert set(reasons) == {"flat.xy", "lines.xy"} and [os.path.basename(r["file"]) for r in rows] == [
+        "one.xy"
+    ]
+    assert "peaks" in reasons["flat.xy"] and "within 5..90 degrees" in reasons["lines.xy"]
+    notes = " ".join(rows[0]["notes"])
+    assert "too noisy" in notes and "range too short" in notes and "amorphous" in notes
+    with pytest.warns(UserWarning, match="peaks"):
+        list(Screener(predictor).run([tmp_path / "flat.xy"]))
+
+
+def test_what_a_model_cannot_say_is_null(tmp_path):
+    folder = write_folder(tmp_path / "scans", 1)
+    (row,) = Screener(build_model("plain_cnn").eval()).run([folder])
+    assert row["confidence"] is None and row["credible_set"] is None and row["out_of_distribution"] is None
+
+
+def test_disagreement_of_heads():
+    groups = torch.full((2, 230), -30.0)
+    groups[:, 224] = 30.0
+    systems = torch.full((2, 7), -30.0)
+    systems[0, int(class_index("crystal_system")[224])] = 30.0
+    systems[1, class_names("crystal_system").index("triclinic")] = 30.0
+    logits = {"space_group": groups, "crystal_system": systems}
+    posterior = pipeline.joint_posterior(logits)
+    agree, differ = disagreement(logits, posterior, None)
+    assert agree == pytest.approx(0.0, abs=1e-5) and differ > 0.2
+    assert disagreement({"space_group": groups}, posterior, None) is None
+
+
+def test_resuming_adds_new_files_alone(predictor, tmp_path, small_chunks):
+    folder, output = write_folder(tmp_path / "scans", 3), tmp_path / "scans" / "out.parquet"
+    (folder / "bad.xy").write_text("nothing here\n")
+    screener = Screener(predictor)
+    assert screener.screen([folder], output) == (3, 1)
+    first = table(output)
+    assert screener.screen([folder], output) == (0, 0)  # output and parts are no scans
+    write_folder(folder, 2, first=3)
+    assert screener.screen([folder], output) == (2, 0)
+    assert table(output)[:3] == first and len(table(output)) == 5
+    assert screener.totals(output) == (5, 1)
+    assert [p.name for p in (folder / "out.parquet.parts").iterdir() if p.name[0] != "."] == [
+        "manifest.jsonl"
+    ]
+    (failure,) = map(json.loads, (folder / "out.errors.jsonl").read_text().splitlines())
+    assert failure["file"] == str(folder / "bad.xy") and "must" in failure["reason"]
+    with pytest.raises(InputError, match="another"):
+        Screener(predictor, top_k=3).screen([folder], output)
+    other = tmp_path / "other.parquet"
+    other.write_bytes(b"")
+    with pytest.raises(InputError, match="another"):
+        screener.screen([folder], other)
+
+
+def test_a_full_disk_loses_nothing(predictor, tmp_path, small_chunks, monkeypatch):
+    folder, output = write_folder(tmp_path / "scans", 6), tmp_path / "out.parquet"
+    (folder / "0003.xy").write_text("nothing here\n")
+    screener, replace = Screener(predictor), os.replace
+    for fails_at in range(6):
+        calls = 0
+
+        def full(source, target, fails_at=fails_at):
+            nonlocal calls
+            calls += 1
+            if calls > fails_at % 2:
+                raise OSError(28, "No space left on device")
+            replace(source, target)
+
+        monkeypatch.setattr(files.os, "replace", full)
+        with pytest.raises(InputError, match="No space left"):
+            screener.screen([folder], output)
+        assert not output.exists()
+    monkeypatch.undo()
+    screener.screen([folder], output)
+    assert sorted(os.path.basename(row["file"]) for row in table(output)) == [
+        f"{i:04d}.xy" for i in (0, 1, 2, 4, 5)
+    ]
+    assert screener.totals(output) == (5, 1)
+
+
+KILLED = """
+import sys
+import torch
+from xrdfast.models import build_model
+from xrdfast.screening import sources
+from xrdfast.screening.pipeline import Screener
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+sources.CHUNK_FILES = 2
+screener = Screener(build_model("plain_cnn").eval())
+print("ready", flush=True)
+sys.stdin.readline()
+print(screener.screen([sys.argv[1]], sys.argv[2], progress=lambda *_: print("part", flush=True)), flush=True)
+"""
+
+
+def test_killed_at_random_it_goes_on(tmp_path):
+    """Killed after a random number of parts and a random moment more, until it gets through."""
+    folder, output = write_folder(tmp_path / "scans", 12), tmp_path / "out.parquet"
+    (folder / "0005.xy").write_text("nothing here\n")
+    rng, kills = random.Random(0), 0
+    for attempt in range(20):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(folder), str(output)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        with process:
+            assert process.stdout.readline() == "ready\n"
+            process.stdin.write("\n")
+            process.stdin.flush()
+            if attempt < 4:
+                for _ in range(rng.randrange(3)):
+                    process.stdout.readline()
+                time.sleep(rng.uniform(0.0, 0.05))
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                continue
+            process.stdout.read()
+        assert process.returncode == 0
+        break
+    assert kills == 4
+    assert sorted(os.path.basename(row["file"]) for row in table(output)) == [
+        f"{i:04d}.xy" for i in range(12) if i != 5
+    ]
+    assert len((tmp_path / "out.errors.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("moment", ["replace", "write", "unlink"])
+def test_stopped_at_every_step_it_goes_on(predictor, tmp_path, small_chunks, monkeypatch, moment):
+    """Every rename, write of the manifest and removal in turn is where a run ends for good."""
+
+    class Ended(BaseException):
+        pass
+
+    folder, output = write_folder(tmp_path / "scans", 5), tmp_path / "out.parquet"
+    (folder / "0002.xy").write_text("nothing here\n")
+    screener = Screener(predictor)
+    owner, name = {"replace": (os, "replace"), "write": (os, "fsync"), "unlink": (Path, "unlink")}[moment]
+    whole = getattr(owner, name)
+    for ends_at in range(40):
+        calls = 0
+
+        def ending(*arguments, ends_at=ends_at, **options):
+            nonlocal calls
+            calls += 1
+            if calls > max(1, ends_at // 4):
+                raise Ended
+            return whole(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, ending)
+        try:
+            screener.screen([folder], output)
+            break
+        except Ended:
+            continue
+        finally:
+            monkeypatch.setattr(owner, name, whole)
+    else:
+        screener.screen([folder], output)
+    assert sorted(os.path.basename(row["file"]) for row in table(output)) == [
+        f"{i:04d}.xy" for i in (0, 1, 3, 4)
+    ]
+    assert screener.totals(output) == (4, 1)
+
+
+def test_reader_processes_give_the_same(predictor, tmp_path, small_chunks):
+    folder = write_folder(tmp_path / "scans", 5)
+    paths = [folder, write_tar(tmp_path / "some.tar", 3), write_npz(tmp_path / "some.npz", 3)]
+    for n_readers in (0, 2):
+        done = Screener(predictor, n_readers=n_readers).screen(paths, tmp_path / f"{n_readers}.parquet")
+        assert done == (11, 0)
+    assert table(tmp_path / "0.parquet") == table(tmp_path / "2.parquet")
+
+
+def test_ranks_share_the_work(predictor, tmp_path, small_chunks, monkeypatch):
+    folder = write_folder(tmp_path / "scans", 7)
+    screener = Screener(predictor)
+    screener.screen([folder], tmp_path / "one.parquet")
+    shared = tmp_path / "shared.parquet"
+    done = []
+    for rank in range(3):
+        assert not shared.exists()
+        done.append(screener.screen([folder], shared, rank=rank, n_ranks=3)[0])
+    assert sum(done) == 7 and all(done)
+    assert table(shared) == table(tmp_path / "one.parquet")
+    for variables, expected in (
+        ({}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
+        ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8"}, (3, 8)),
+    ):
+        for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert rank_of_environment() == expected
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="RANK"):
+        rank_of_environment()
+
+
+def test_watching_a_folder(predictor, tmp_path):
+    folder, output = write_folder(tmp_path / "scans", 1), tmp_path / "out.parquet"
+    looks = 0
+
+    def watch() -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            assert len(table(output)) == 1  # seen twice without a change
+            write_folder(folder, 1, first=1)
+        return looks < 4
+
+    assert Screener(predictor).screen([folder], output, watch=watch) == (2, 0)
+    assert len(table(output)) == 2
+
+
+def test_watching_ends_with_a_signal():
+    from xrdfast.screening.watching import Watch
+
+    before = signal.getsignal(signal.SIGTERM)
+    with Watch(60.0) as watch:
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        assert not watch()
+        assert signal.getsignal(signal.SIGTERM) == before
+    with Watch(0.0) as watch:
+        assert watch()
+
+
+def test_refusals(predictor):
+    for wrong in ({"top_k": 0}, {"batch_size": 0}, {"n_readers": -1}):
+        with pytest.raises(ValueError, match="Screener"):
+            Screener(predictor, **wrong)
+    assert list(Screener(predictor).run([])) == []

@@ -1,0 +1,189 @@
+"""Paths to scans: containers agree with each other, and hostile ones are refused in one line each."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.screening import scans_written
+from tests.screening.scans_written import TWO_THETA, counts, write_folder, write_npz, write_tar
+from xrdfast.data.scans import read
+from xrdfast.errors import InputError
+from xrdfast.screening import sources
+from xrdfast.screening.packed import PackedScans, pack
+from xrdfast.screening.sources import Failure, Found, find_chunks, find_files, read_chunk
+
+
+def read_paths(*paths: object) -> list[Found | Failure]:
+    return [found for chunk in find_chunks(find_files(map(str, paths))) for found in read_chunk(chunk)]
+
+
+def only_failure(*paths: object) -> str:
+    (failure,) = read_paths(*paths)
+    assert isinstance(failure, Failure) and "\n" not in failure.reason
+    return failure.reason
+
+
+def test_containers_agree(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "CHUNK_SCANS", 2)
+    h5py = pytest.importorskip("h5py")
+    folder = write_folder(tmp_path / "folder", 3)
+    write_tar(tmp_path / "plain.tar", 3)
+    write_tar(tmp_path / "packed.tar.gz", 3)
+    write_npz(tmp_path / "stack.npz", 3)
+    with h5py.File(tmp_path / "stack.h5", "w") as file:
+        file["intensity"] = np.stack([counts(seed) for seed in range(3)])
+        file["two_theta"] = np.tile(TWO_THETA, (3, 1))
+        file.attrs["wavelength"] = 1.54056
+    pack(tmp_path / "all.scans.safetensors", (found.scan for found in read_paths(folder)))
+    places = [folder, *(tmp_path / name for name in ("plain.tar", "packed.tar.gz", "stack.npz", "stack.h5"))]
+    for place in [*places, tmp_path / "all.scans.safetensors"]:
+        found = read_paths(place)
+        assert len(found) == 3 and len({one.scan_id for one in found}) == 3, place
+        for seed, one in enumerate(found):
+            np.testing.assert_array_equal(one.scan.intensity, counts(seed))
+            np.testing.assert_allclose(one.scan.two_theta, TWO_THETA, atol=2e-6)
+            assert len(one.sha256) == 64
+            assert one.scan.wavelength_source == ("file" if "stack" in str(place) else "assumed")
+    assert read_paths(tmp_path / "plain.tar")[1].scan_id == f"{tmp_path}/plain.tar::run/0001.xy"
+    assert read_paths(tmp_path / "stack.npz")[2].scan_id == f"{tmp_path}/stack.npz#2"
+
+
+def test_packed_scans_keep_angles_wavelengths_and_names(tmp_path):
+    lines = tmp_path / "lines.xy"
+    lines.write_text("# wavelength 0.7\n10.1 5\n12.34567 100\n40 3\n")
+    path = tmp_path / "some.scans.safetensors"
+    assert pack(path, [read(lines), read(lines, wavelength="CoKa")]) == 2
+    with PackedScans(path) as packed:
+        scan = packed.scan(0)
+        assert scan.two_theta.tolist() == [10.1, 12.34567, 40.0] and packed.name(1) == str(lines)
+        assert (scan.wavelength, scan.wavelength_source) == (0.7, "file")
+    with pytest.raises(InputError, match="must end in"):
+        pack(tmp_path / "other.npz", [])
+
+
+@pytest.mark.parametrize("cut", [0, 4, 40, 2000, -1])
+def test_damaged_packed_scans(tmp_path, cut):
+    path = tmp_path / "some.scans.safetensors"
+    folder = write_folder(tmp_path / "folder", 1)
+    pack(path, [read(folder / "0000.xy")])
+    path.write_bytes(path.read_bytes()[:cut])
+    assert "must be" in only_failure(path)
+
+
+def test_find_files(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "a", 2)
+    (folder / ".hidden").write_text("")
+    (folder / "loop").symlink_to(folder)
+    (folder / "up").symlink_to(tmp_path)
+    (folder / "new\nline.xy").write_text("10 1\n20 2\n")
+    found = list(find_files([folder, str(folder / "*.xy"), folder / "none"]))
+    assert sorted(map(os.path.basename, found)) == ["0000.xy", "0001.xy", "new\nline.xy", "none"]
+    assert list(find_files([folder], lambda path: path == str(folder))) == []
+    assert "\\n" in read_paths(folder / "new\nline.xy" / "x")[0].reason
+
+
+def test_bytes_that_are_no_text_in_a_name(tmp_path):
+    (tmp_path / "a\udcff.xy").write_text("10 1\n20 2\n30 1\n")
+    (found,) = read_paths(tmp_path)
+    assert found.scan_id.endswith("a\\xff.xy")
+    found.scan_id.encode()
+
+
+def test_hostile_tar(tmp_path):
+    path = tmp_path / "hostile.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, kind in (("link", tarfile.SYMTYPE), ("hard", tarfile.LNKTYPE), ("device", tarfile.CHRTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+        for name in ("/etc/absolute.xy", "../../up.xy", "good.xy"):
+            content = scans_written.text(0).encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    *bad, good = read_paths(path)
+    assert [type(one) for one in bad] == [Failure] * 5 and isinstance(good, Found)
+    assert not list(tmp_path.parent.glob("up.xy"))
+    path.write_bytes(b"no tar at all" * 100)
+    assert "archive: must be a whole tar file" in only_failure(path)
+    assert "must be a regular file" in only_failure(tmp_path / "missing.tar")
+
+
+def test_a_tar_header_that_asks_for_gigabytes(tmp_path):
+    info = tarfile.TarInfo("long")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 2 << 30
+    path = tmp_path / "bomb.tar.gz"
+    path.write_bytes(gzip.compress(info.tobuf() + bytes(1 << 20)))
+    assert "at most" in only_failure(path)
+
+
+def test_hostile_npz(tmp_path):
+    path = tmp_path / "stack.npz"
+    np.savez(path, intensity=np.array([[{}, 1]], dtype=object), two_theta=np.arange(2.0))
+    assert "must be numbers" in only_failure(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("intensity.npy", bytes(70 << 20))
+    assert "next to nothing" in only_failure(path)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f8", "fortran_order": False, "shape": (10**12, 1000)}
+    )
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("intensity.npy", header.getvalue())
+    assert "must be whole" in only_failure(path)
+    np.savez(path, other=np.arange(3))
+    assert "intensity: must be there" in only_failure(path)
+    path.write_bytes(b"PK\x03\x04 not an archive")
+    assert "whole NumPy archive" in only_failure(path)
+
+
+def test_hostile_hdf5(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "stack.h5"
+
+    def written(write) -> str:
+        path.unlink(missing_ok=True)
+        with h5py.File(path, "w") as file:
+            file["two_theta"] = TWO_THETA
+            write(file)
+        return only_failure(path)
+
+    def huge(file) -> None:
+        file.create_dataset("intensity", (10**12, len(TWO_THETA)), "f4", chunks=(1, len(TWO_THETA)))
+
+    def linked(file) -> None:
+        file["intensity"] = h5py.ExternalLink("/etc/passwd", "x")
+
+    def external(file) -> None:
+        file.create_dataset("intensity", (1, 1701), "u1", external=[("/etc/passwd", 0, 1701)])
+
+    assert "stored in full" in written(huge)
+    assert "intensity: must be there" in written(linked)
+    assert "stored elsewhere" in written(external)
+    assert "must be of numbers" in written(lambda file: file.create_dataset("intensity", data=[[b"a", b"b"]]))
+    path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    assert "whole HDF5 file" in only_failure(path)
+
+
+def test_zip_bomb_and_pickle_among_files(tmp_path):
+    (tmp_path / "a.gz").write_bytes(gzip.compress(bytes(80 << 20)))
+    (tmp_path / "b.pickle").write_bytes(b"\x80\x04garbage")
+    os.mkfifo(tmp_path / "c.xy")
+    reasons = [failure.reason for failure in read_paths(tmp_path)]
+    assert (
+        len(reasons) == 3 and "at most" in reasons[0] and "pickle" in reasons[1] and "regular" in reasons[2]
+    )
+
+
+def test_names_of_files_are_paths(tmp_path):
+    write_folder(tmp_path / "a", 1)
+    (found,) = read_paths(Path(tmp_path))
+    assert found.file == found.scan_id == f"{tmp_path}/a/0000.xy"

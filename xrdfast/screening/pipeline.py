@@ -1,0 +1,484 @@
+"""Scans to rows of answers: readers ahead of the model, a bounded number of chunks between them, parts behind it.
+
+Readers are processes (`n_readers`), which take no torch with them, or the calling one. At most `n_readers` + 2 chunks
+are being read or wait for the model, so memory does not depend on how many scans there are, and readers rest where
+the model is slower.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xrdfast.bragg import Radiation, radiation_of
+from xrdfast.data.scans import Scan
+from xrdfast.errors import InputError
+from xrdfast.models import SymmetryModel
+from xrdfast.ops.render import sticks_to_grid
+from xrdfast.posterior import JointPosterior, joint_posterior
+from xrdfast.prediction import SUPERCLASSES, SymmetryPredictor
+from xrdfast.screening.manifest import Manifest, part_errors
+from xrdfast.screening.preparation import Prepared, prepare_chunk, prepare_scan
+from xrdfast.screening.results import (
+    count_rows,
+    errors_path,
+    read_failures,
+    write_failures,
+    write_table,
+)
+from xrdfast.screening.sources import Chunk, Failure, find_chunks, find_files
+from xrdfast.symmetry import class_names
+
+CREDIBLE = 0.95
+_SHORT = 0.5  # of the model's range: less of it measured is noted
+Progress = Callable[[int, int, int], None]  # scans answered, failures, scans known so far
+
+
+class Screener:
+    r"""Symmetry answers for many scans.
+
+    Args:
+        model: a predictor, a run folder or model file, or a bare model with the usual axis and no calibration.
+        wavelength: Angstrom or a name, for scans whose file states none; None assumes copper K-alpha.
+        top_k: space groups in a row, 1..230.
+        batch_size: patterns that the model takes at once.
+        n_readers: processes that read; 0 reads in this one. With more, a script needs the usual
+            `if __name__ == "__main__"`, as for everything that starts processes.
+
+    Raises:
+        ValueError: for numbers outside their ranges, or no wavelength.
+        InputError: for a model file that is not right.
+
+    Example:
+        >>> from xrdfast.models import build_model
+        >>> path = getfixture("tmp_path") / "salt.xy"
+        >>> _ = path.write_text("27.37 8\n31.70 100\n45.45 65\n56.47 21\n75.30 25\n")
+        >>> (row,) = Screener(build_model("small").eval(), top_k=3).run([path])
+        >>> row["kind"], row["n_points"], len(row["space_group"]), row["confidence"] is None
+        ('sticks', 5, 3, True)
+    """
+
+    def __init__(
+        self,
+        model: SymmetryPredictor | SymmetryModel | str | Path,
+        *,
+        wavelength: str | float | None = None,
+        top_k: int = 5,
+        batch_size: int = 64,
+        n_readers: int = 0,
+    ) -> None:
+        for name, value, low, high in (
+            ("top_k", top_k, 1, 230),
+            ("batch_size", batch_size, 1, 65536),
+            ("n_readers", n_readers, 0, 1024),
+        ):
+            if not low <= value <= high:
+                raise ValueError(f"Screener: {name} must be in {low}..{high}, got {value}")
+        if isinstance(model, (str, Path)):
+            model = SymmetryPredictor.load(model)
+        self.predictor = model if isinstance(model, SymmetryPredictor) else SymmetryPredictor(model)
+        self.given = None if wavelength is None else radiation_of(wavelength)
+        self.top_k, self.batch_size, self.n_readers = top_k, batch_size, n_readers
+
+    def run(
+        self,
+        items: Iterable[str | Path | Scan],
+        on_failure: Callable[[Failure], None] | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """Rows of answers, as dicts with the columns of `results.SCHEMA`, in the order of the scans.
+
+        Args:
+            items: paths (of files, folders, containers; patterns), or scans; not both.
+            on_failure: is told what cannot be answered; None warns of it.
+        """
+        tell = _warn if on_failure is None else on_failure
+        items = iter(items)
+        first = next(items, None)
+        if first is None:
+            return
+        everything = chain((first,), items)
+        if isinstance(first, Scan):
+            pieces = _batched(map(prepare_scan, everything), self.batch_size)
+        else:
+            chunks = ((number, chunk) for number, chunk in enumerate(find_chunks(find_files(everything))))
+            pieces = (prepared for _, _, prepared in self._read(chunks))
+        for prepared in pieces:
+            rows, failures = self.answer(prepared)
+            for failure in failures:
+                tell(failure)
+            yield from rows
+
+    def screen(
+        self,
+        paths: Sequence[str | Path],
+        output: str | Path,
+        *,
+        progress: Progress | None = None,
+        rank: int = 0,
+        n_ranks: int = 1,
+        watch: Callable[[], bool] | None = None,
+    ) -> tuple[int, int]:
+        """Answers into a Parquet file, going on where an earlier run with this output stopped.
+
+        Args:
+            paths: as `run`.
+            output: the Parquet file; failures go to `<stem>.errors.jsonl` beside it.
+            progress: called after each chunk.
+            rank, n_ranks: this process among several that share the work and the file system.
+            watch: called when everything found is answered; waits and says whether to look again.
+
+        Returns:
+            Scans answered and failures, of this call and this process.
+
+        Raises:
+            InputError: where output or its parts belong to another run or cannot be written. What was answered
+                until then is kept.
+        """
+        output = Path(output)
+        manifest = Manifest(output, self.digest())
+        own = {os.path.abspath(path) for path in (output, manifest.parts, errors_path(output))}
+        settled = _settled() if watch is not None else lambda path: True
+        answered = failed = known = 0
+
+        def mine(chunks: Iterable[tuple[int, Chunk]]) -> Iterator[tuple[int, Chunk]]:
+            nonlocal known
+            kept = manifest.n_kept
+            for number, chunk in chunks:
+                if number % n_ranks != rank or number < kept or manifest.part(number, chunk).exists():
+                    continue
+                known += chunk.n_expected
+                yield number, chunk
+
+        def work(chunks: Iterable[tuple[int, Chunk]]) -> None:
+            nonlocal answered, failed
+            for number, chunk, prepared in self._read(mine(chunks)):
+                rows, failures = self.answer(prepared)
+                write_part(manifest, number, chunk, rows, failures)
+                answered, failed = answered + len(rows), failed + len(failures)
+                if progress is not None:
+                    progress(answered, failed, max(known, answered + failed))
+
+        while True:
+            work(list(manifest.chunks()))
+            files = filter(settled, find_files(paths, lambda path: path in own))
+            found = manifest.extend(files)
+            try:
+                # several processes: note everything first, so that none waits for another's work
+                work(found if n_ranks == 1 else list(found))
+            finally:
+                found.close()
+            manifest.join()
+            if watch is None or not watch():
+                return answered, failed
+
+    def totals(self, output: str | Path) -> tuple[int, int] | None:
+        """Rows and failures of all that an output holds; None while some of its chunks are not answered."""
+        output = Path(output)
+        manifest = Manifest(output, self.digest())
+        if manifest.n_kept != sum(1 for _ in manifest.chunks()):
+            return None
+        return count_rows(output), sum(1 for _ in read_failures(errors_path(output)))
+
+    def answer(self, prepared: Sequence[Prepared | Failure]) -> tuple[list[dict[str, Any]], list[Failure]]:
+        """Rows and failures of prepared scans, in their order."""
+        rows: list[dict[str, Any]] = []
+        failures: list[Failure] = []
+        for batch in _batched(prepared, self.batch_size):
+            start = time.perf_counter()
+            ready: list[tuple[Prepared, list[str], Any]] = []
+            for scan in batch:
+                if isinstance(scan, Failure):
+                    failures.append(scan)
+                    continue
+                try:
+                    pattern, notes = self.predictor.lines_on_axis(
+                        scan.two_theta,
+                        scan.intensity,
+                        scan.wavelength,
+                        is_doublet=scan.is_doublet and scan.kind == "scan",
+                    )
+                except ValueError as error:
+                    failures.append(
+                        Failure(scan.scan_id, scan.file, scan.member, scan.scan_index, str(error))
+                    )
+                    continue
+                ready.append((scan, notes, pattern))
+            if ready:
+                logits = self.predictor.logits(self._grid([pattern for _, _, pattern in ready]))
+                seconds = (time.perf_counter() - start) / len(ready)
+                rows += self._rows([(scan, notes) for scan, notes, _ in ready], logits, seconds)
+        return rows, failures
+
+    def digest(self) -> str:
+        """Names everything but the scans that answers depend on."""
+        found = hashlib.sha256()
+        for name, tensor in self.predictor.model.state_dict().items():
+            found.update(name.encode())
+            found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        calibration = self.predictor.calibration
+        settings = {
+            "grid": vars(self.predictor.grid),
+            "wavelength": self.predictor.wavelength,
+            "calibration": calibration.to_dict() if calibration else None,
+            "given": vars(self.given) if self.given else None,
+            "top_k": self.top_k,
+        }
+        found.update(json.dumps(settings, sort_keys=True).encode())
+        return found.hexdigest()
+
+    def _grid(self, patterns: Sequence[Any]) -> Tensor:
+        offset = torch.tensor([0, *(len(pattern.two_theta) for pattern in patterns)]).cumsum(0)
+        two_theta = torch.cat([torch.from_numpy(pattern.two_theta) for pattern in patterns])
+        intensity = torch.cat([torch.from_numpy(pattern.intensity) for pattern in patterns])
+        return sticks_to_grid(offset, two_theta, intensity, self.predictor.grid)
+
+    def _rows(
+        self, scans: Sequence[tuple[Prepared, list[str]]], logits: dict[str, Tensor], seconds: float
+    ) -> list[dict[str, Any]]:
+        calibration = self.predictor.calibration
+        posterior = joint_posterior(logits, calibration)
+        share, index = posterior.space_group.sort(dim=1, descending=True, stable=True)
+        number = (index + 1).tolist()
+        probability = share[:, : self.top_k].tolist()
+        # the first group is always in the set: groups before it hold nothing
+        in_set = ((share.double().cumsum(1) - share) < CREDIBLE).sum(1).tolist()
+        levels = {}
+        for level in SUPERCLASSES:
+            best, at = posterior.marginal(level).max(dim=1)
+            names = class_names(level)
+            levels[level] = [names[i] for i in at.tolist()], best.tolist()
+        unlike = disagreement(logits, posterior, calibration)
+        rows = []
+        for i, (scan, notes) in enumerate(scans):
+            row: dict[str, Any] = {name: getattr(scan, name) for name in _COPIED}
+            row["space_group"], row["probability"] = number[i][: self.top_k], probability[i]
+            row["confidence"] = probability[i][0] if calibration else None
+            row["credible_set"] = number[i][: in_set[i]] if calibration else None
+            for level, (names, best) in levels.items():
+                row[level], row[f"{level}_probability"] = names[i], best[i]
+            row["out_of_distribution"] = None if unlike is None else unlike[i]
+            row["several_phases"] = None
+            row["notes"] = [*scan.notes, *notes, *self._range_notes(scan)]
+            row["seconds"] = scan.seconds + seconds
+            rows.append(row)
+        return rows
+
+    def _range_notes(self, scan: Prepared) -> list[str]:
+        if scan.kind != "scan":
+            return []
+        grid, ratio = self.predictor.grid, self.predictor.wavelength / scan.wavelength
+
+        def moved(angle: float) -> float:
+            sine = ratio * math.sin(math.radians(angle / 2.0))
+            return 2.0 * math.degrees(math.asin(sine)) if sine < 1.0 else 180.0
+
+        first, last = moved(scan.two_theta_first), moved(scan.two_theta_last)
+        covered = min(last, grid.two_theta_max) - max(first, grid.two_theta_min)
+        whole = grid.two_theta_max - grid.two_theta_min
+        if covered >= _SHORT * whole:
+            return []
+        return [f"range too short: {max(covered, 0.0):.0f} of the model's {whole:.0f} degrees are measured"]
+
+    def _read(
+        self, chunks: Iterable[tuple[int, Chunk]]
+    ) -> Iterator[tuple[int, Chunk, list[Prepared | Failure]]]:
+        """Chunks with their prepared scans, in order."""
+        if self.n_readers == 0:
+            for number, chunk in chunks:
+                yield number, chunk, prepare_chunk(chunk, self.given)
+            return
+        with _Readers(self.n_readers, self.given) as readers:
+            yield from readers.read(chunks)
+
+
+class _Readers:
+    """Processes that prepare chunks. One that dies of a chunk takes nothing else with it."""
+
+    def __init__(self, n_readers: int, given: Radiation | None) -> None:
+        self._n_readers, self._given = n_readers, given
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> _Readers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def read(
+        self, chunks: Iterable[tuple[int, Chunk]]
+    ) -> Iterator[tuple[int, Chunk, list[Prepared | Failure]]]:
+        """Chunks with their prepared scans, in order; at most `n_readers` + 2 on their way."""
+        waiting: deque[tuple[int, Chunk, Future[list[Prepared | Failure]]]] = deque()
+        for number, chunk in chunks:
+            waiting.append((number, chunk, self._submit(chunk)))
+            if len(waiting) > self._n_readers + 1:
+                yield self._result(*waiting.popleft())
+        while waiting:
+            yield self._result(*waiting.popleft())
+
+    def _submit(self, chunk: Chunk) -> Future[list[Prepared | Failure]]:
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(
+                self._n_readers,
+                mp_context=multiprocessing.get_context("spawn"),  # a fork of torch's threads may hang
+                initializer=_begin_reader,
+            )
+        try:
+            return self._pool.submit(prepare_chunk, chunk, self._given)
+        except BrokenProcessPool as error:
+            broken: Future[list[Prepared | Failure]] = Future()
+            broken.set_exception(error)
+            return broken
+
+    def _result(
+        self, number: int, chunk: Chunk, future: Future[list[Prepared | Failure]]
+    ) -> tuple[int, Chunk, list[Prepared | Failure]]:
+        try:
+            return number, chunk, future.result()
+        except BrokenProcessPool:
+            self._stop()
+            return number, chunk, [scan for piece in _singles(chunk) for scan in self._alone(piece)]
+
+    def _alone(self, chunk: Chunk) -> list[Prepared | Failure]:
+        """A chunk, with no other beside it that could be to blame."""
+        try:
+            return self._submit(chunk).result()
+        except BrokenProcessPool:
+            self._stop()
+            index = -1 if chunk.kind == "files" else chunk.begin
+            reason = "reader: must survive the file, got the end of its process"
+            return [Failure(chunk.paths[0], chunk.paths[0], "", index, reason)]
+
+    def _stop(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+
+
+def rank_of_environment() -> tuple[int, int]:
+    """Rank and number of processes, by the variables of torchrun or SLURM.
+
+    Raises:
+        InputError: for variables that are no rank below a count.
+    """
+    for rank, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+        if rank in os.environ and count in os.environ:
+            values = os.environ[rank], os.environ[count]
+            if not all(value.isdigit() for value in values) or int(values[0]) >= int(values[1]):
+                raise InputError(f"{rank}, {count}: environment: must be a rank below a count, got {values}")
+            return int(values[0]), int(values[1])
+    return 0, 1
+
+
+def disagreement(
+    logits: dict[str, Tensor], posterior: JointPosterior, calibration: Any
+) -> list[float] | None:
+    """How far the model's heads contradict each other, 0..1: a simple sign of a pattern unlike the training's.
+
+    The heads are trained on one answer, so on familiar patterns they agree. Of every head, the Jensen-Shannon
+    divergence in bits between its distribution and that of the joint posterior over the same classes; the mean over
+    heads. Not a probability, and not calibrated: it ranks. None for a model of one head.
+
+    Source:
+        Lin, IEEE Trans. Inf. Theory 37 (1991) 145.
+    """
+    if len(logits) < 2:
+        return None
+    total = torch.zeros(len(posterior.space_group))
+    for task, rows in logits.items():
+        temperature = calibration.temperatures[task] if calibration else 1.0
+        own = (rows / temperature).softmax(dim=1)
+        joint = posterior.marginal(task)
+        mean = 0.5 * (own + joint)
+        for part in (own, joint):
+            total += 0.5 * (torch.xlogy(part, part) - torch.xlogy(part, mean)).sum(dim=1)
+    return (total / (len(logits) * math.log(2.0))).clamp(0.0, 1.0).tolist()
+
+
+def write_part(
+    manifest: Manifest, number: int, chunk: Chunk, rows: Sequence[dict[str, Any]], failures: Sequence[Failure]
+) -> None:
+    """Keeps the answers of a chunk; the part comes last, because it says that the chunk is done."""
+    part = manifest.part(number, chunk)
+    if failures:
+        write_failures(part_errors(part), ((number, failure) for failure in failures))
+    write_table(part, rows)
+
+
+_COPIED = (
+    "scan_id",
+    "file",
+    "member",
+    "scan_index",
+    "sha256",
+    "kind",
+    "wavelength",
+    "wavelength_source",
+    "n_points",
+    "two_theta_first",
+    "two_theta_last",
+    "thumbnail",
+)
+
+
+def _singles(chunk: Chunk) -> list[Chunk]:
+    if chunk.kind == "files":
+        return [Chunk("files", (path,)) for path in chunk.paths]
+    return [Chunk(chunk.kind, chunk.paths, i, i + 1) for i in range(chunk.begin, chunk.end)]
+
+
+def _begin_reader() -> None:
+    """Leaves Ctrl-C to the parent, and ends with it, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _settled() -> Callable[[str], bool]:
+    """Says of a file whether it is as it was when last asked about: nobody is writing it."""
+    seen: dict[str, tuple[int, int]] = {}
+
+    def settled(path: str) -> bool:
+        try:
+            status = os.stat(path)
+        except OSError:
+            return False
+        now = status.st_size, status.st_mtime_ns
+        before, seen[path] = seen.get(path), now
+        return before == now
+
+    return settled
+
+
+def _warn(failure: Failure) -> None:
+    warnings.warn(failure.reason, stacklevel=3)
+
+
+def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """itertools.batched, which Python 3.11 has not."""
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch

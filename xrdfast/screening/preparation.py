@@ -1,0 +1,133 @@
+"""What a reader makes of a scan before the model sees it: its lines, a thumbnail, notes on its quality. No torch."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xrdfast.bragg import Radiation
+from xrdfast.data.peaks import find_peaks, is_scan
+from xrdfast.data.scans import Scan
+from xrdfast.screening.sources import Chunk, Failure, Found, read_chunk
+
+THUMBNAIL_BINS = 200
+_NOISY = 20.0  # strongest point over the median, in deviations of the noise: weak lines are lost below
+_FEW_PEAKS = 4  # fewer peaks than this in a scan fix no cell but a cubic one
+_SECOND_DIFFERENCE = (
+    0.6744897501960817 * 6.0**0.5
+)  # median |x1 - 2 x2 + x3| of normal values with deviation 1
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A scan ready for a model of lines.
+
+    Attributes:
+        scan_id, file, member, scan_index, sha256: as `Found`.
+        kind: "scan" or "sticks".
+        wavelength, wavelength_source, is_doublet: as `Scan`.
+        n_points, two_theta_first, two_theta_last: of the scan as measured, degrees.
+        two_theta, intensity: (n_lines,) the lines of a list, or the peaks of a scan.
+        notes: what was done, and what is wrong with the pattern, a sentence each.
+        thumbnail: 200 bytes, see `thumbnail`.
+        seconds: of reading and preparing.
+    """
+
+    scan_id: str
+    file: str
+    member: str
+    scan_index: int
+    sha256: str
+    kind: str
+    wavelength: float
+    wavelength_source: str
+    is_doublet: bool
+    n_points: int
+    two_theta_first: float
+    two_theta_last: float
+    two_theta: NDArray[np.float64]
+    intensity: NDArray[np.float64]
+    notes: tuple[str, ...]
+    thumbnail: bytes
+    seconds: float
+
+
+def prepare_chunk(chunk: Chunk, given: Radiation | None) -> list[Prepared | Failure]:
+    """Reads and prepares a chunk: the work of a reader process.
+
+    Args:
+        chunk: of `find_chunks`.
+        given: radiation for files that state none.
+    """
+    return [found if isinstance(found, Failure) else prepare(found) for found in read_chunk(chunk, given)]
+
+
+def prepare_scan(scan: Scan) -> Prepared | Failure:
+    """The same for a scan at hand."""
+    return prepare(Found(scan, scan.path, "", scan.scan, "", 0.0))
+
+
+def prepare(found: Found) -> Prepared | Failure:
+    """What the model and the table need of one scan."""
+    start = time.perf_counter()
+    scan = found.scan
+    kind = "scan" if is_scan(scan.two_theta) else "sticks"
+    two_theta, intensity, notes = scan.two_theta, scan.intensity, list(scan.notes)
+    if kind == "scan":
+        notes += _quality(intensity)
+        two_theta, intensity = find_peaks(two_theta, intensity)
+        if len(two_theta) == 0:
+            reason = "peaks: must stand out of the noise, got none: amorphous, empty or too noisy"
+            return Failure(found.scan_id, found.file, found.member, found.index, reason)
+        if len(two_theta) < _FEW_PEAKS:
+            notes.append(f"amorphous or nearly so: {len(two_theta)} peaks stand out")
+    return Prepared(
+        scan_id=found.scan_id,
+        file=found.file,
+        member=found.member,
+        scan_index=found.index,
+        sha256=found.sha256,
+        kind=kind,
+        wavelength=scan.wavelength,
+        wavelength_source=scan.wavelength_source,
+        is_doublet=scan.is_doublet,
+        n_points=len(scan.two_theta),
+        two_theta_first=float(scan.two_theta[0]),
+        two_theta_last=float(scan.two_theta[-1]),
+        two_theta=two_theta,
+        intensity=intensity,
+        notes=tuple(notes),
+        thumbnail=thumbnail(scan.two_theta, scan.intensity),
+        seconds=found.seconds + time.perf_counter() - start,
+    )
+
+
+def thumbnail(two_theta: NDArray[np.float64], intensity: NDArray[np.float64]) -> bytes:
+    r"""The pattern in 200 bytes: square root of the highest intensity of each bin of its own range, 0..255.
+
+    Args:
+        two_theta: (n_points,) rising, degrees.
+        intensity: (n_points,), >= 0, positive somewhere.
+
+    Example:
+        >>> thumbnail(np.array([10.0, 60.0]), np.array([25.0, 100.0]))[::199]
+        b'\x80\xff'
+    """
+    edges = np.linspace(two_theta[0], two_theta[-1], THUMBNAIL_BINS + 1)[:-1]
+    begin = np.searchsorted(two_theta, edges)
+    highest = np.maximum.reduceat(intensity, np.minimum(begin, len(intensity) - 1))
+    highest[np.diff(begin, append=len(intensity)) == 0] = 0.0  # of an empty bin reduceat gives the next point
+    return np.rint(255.0 * np.sqrt(highest / highest.max())).astype(np.uint8).tobytes()
+
+
+def _quality(intensity: NDArray[np.float64]) -> list[str]:
+    rough = np.abs(np.diff(intensity, n=2))
+    noise = float(np.partition(rough, len(rough) // 2)[len(rough) // 2]) / _SECOND_DIFFERENCE
+    middle = float(np.partition(intensity, len(intensity) // 2)[len(intensity) // 2])
+    height = float(intensity.max()) - middle
+    if height < _NOISY * noise:
+        return [f"too noisy: the strongest point stands {height / noise:.0f} deviations of the noise out"]
+    return []

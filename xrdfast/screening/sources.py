@@ -1,0 +1,446 @@
+"""From paths to scans: which files there are, cut into chunks of work, and how a chunk is read. Needs no torch.
+
+A chunk is what is answered, kept and resumed as one: some files, or a span of one container's scans. Containers:
+
+    .tar, .tar.gz, .tgz, .tar.bz2   members that are regular files, each of any format `xrdfast.read` knows
+    .h5, .hdf5                      datasets `intensity` (n_scans, n_points) and `two_theta`
+    .npz                            arrays of the same names                            (both: `stacks.py`)
+    .scans.safetensors              what `pack` writes                                  (`packed.py`)
+
+Anything else is a file of one scan or several. Nothing is ever unpacked to disk, so a member's name leads nowhere.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import glob
+import gzip
+import hashlib
+import itertools
+import os
+import tarfile
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from xrdfast.bragg import Radiation
+from xrdfast.data.formats.bounded import MAX_BYTES, read_bytes
+from xrdfast.data.scans import Scan, scans_of_content
+from xrdfast.errors import InputError, shown_path
+from xrdfast.screening.packed import SUFFIX, PackedScans
+from xrdfast.screening.stacks import Hdf5Stack, NpzStack
+
+CHUNK_FILES = 128
+CHUNK_SCANS = 512  # of a container; a chunk is what a killed run does again
+_MAX_SKIPPED = 1 << 30  # bytes of one member of a compressed tar; the next lies behind it
+_TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
+_KINDS = {
+    ".tar": "tar",
+    ".tar.gz": "tar",
+    ".tgz": "tar",
+    ".tar.bz2": "tar",
+    ".h5": "hdf5",
+    ".hdf5": "hdf5",
+    ".npz": "npz",
+    SUFFIX: "packed",
+}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of work.
+
+    Attributes:
+        kind: "files", "tar", "hdf5", "npz" or "packed".
+        paths: of the files, or the container's one.
+        begin, end: span of the container's scans or members.
+        n_scans: of the whole container.
+    """
+
+    kind: str
+    paths: tuple[str, ...]
+    begin: int = 0
+    end: int = 0
+    n_scans: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Chunk:
+        """Reads what `to_dict` gave."""
+        return cls(
+            content["kind"], tuple(content["paths"]), content["begin"], content["end"], content["n_scans"]
+        )
+
+    @property
+    def n_expected(self) -> int:
+        """Scans as far as known before reading: a file counts as one."""
+        return len(self.paths) if self.kind == "files" else self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Found:
+    """A scan with where it was found.
+
+    Attributes:
+        scan: as read.
+        file, member: path, and name inside a container, "" where there is none.
+        index: of the scan in the file or container.
+        sha256: of the file's or member's bytes; of the points for a scan of a stack or packed file.
+        seconds: that reading took.
+    """
+
+    scan: Scan
+    file: str
+    member: str
+    index: int
+    sha256: str
+    seconds: float
+
+    @property
+    def scan_id(self) -> str:
+        """Path, "::member" and "#index" where the scan is one of several."""
+        several = self.scan.n_scans > 1
+        return name_of(self.file, self.member, self.index if several else None)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What could not be answered, and why in one line."""
+
+    scan_id: str
+    file: str
+    member: str
+    scan_index: int  # -1 for a whole file
+    reason: str
+
+
+def name_of(file: str, member: str = "", index: int | None = None) -> str:
+    r"""The identifier of a scan, valid Unicode whatever bytes a path has.
+
+    Example:
+        >>> name_of("run.tar", "a/b.xy", 3)
+        'run.tar::a/b.xy#3'
+    """
+    return (
+        printable(file)
+        + (f"::{printable(member)}" if member else "")
+        + ("" if index is None else f"#{index}")
+    )
+
+
+def printable(path: str) -> str:
+    r"""A path without the lone surrogates that undecodable bytes become.
+
+    Example:
+        >>> printable("a\udcff.xy")
+        'a\\xff.xy'
+    """
+    return os.fsencode(path).decode("utf-8", "backslashreplace") if not path.isascii() else path
+
+
+def find_files(
+    paths: Iterable[str | Path], skip: Callable[[str], bool] = lambda path: False
+) -> Iterator[str]:
+    """Files below paths, each once; folders in the order of names, hidden names left out, links followed.
+
+    A folder is entered once, so loops of links end. A path that is neither there nor a pattern is given as it is:
+    reading it will say what is wrong.
+
+    Args:
+        paths: files, folders, and patterns with `*`, `?`, `[` and `**`.
+        skip: says which files and folders to leave out, by absolute path.
+    """
+    entered: set[tuple[int, int]] = set()
+    given: set[str] = set()
+
+    def walk(path: str) -> Iterator[str]:
+        if skip(os.path.abspath(path)):
+            return
+        if not os.path.isdir(path):
+            if (whole := os.path.abspath(path)) not in given:
+                given.add(whole)
+                yield path
+            return
+        try:
+            status = os.stat(path)
+            names = sorted(os.listdir(path))
+        except OSError:
+            yield path  # reading it says why
+            return
+        if (key := (status.st_dev, status.st_ino)) in entered:
+            return
+        entered.add(key)
+        for name in names:
+            if not name.startswith("."):
+                yield from walk(os.path.join(path, name))
+
+    for path in map(os.fspath, paths):
+        if not os.path.lexists(path) and glob.has_magic(path):
+            for match in sorted(glob.glob(path, recursive=True)):
+                yield from walk(match)
+        else:
+            yield from walk(path)
+
+
+def find_chunks(files: Iterable[str]) -> Iterator[Chunk]:
+    """Chunks of files, in their order but that plain files wait until there are enough for a chunk."""
+    waiting: list[str] = []
+    for path in files:
+        name = os.path.basename(path).lower()
+        kind = next((kind for suffix, kind in _KINDS.items() if name.endswith(suffix)), None)
+        if kind is None:
+            waiting.append(path)
+            if len(waiting) == CHUNK_FILES:
+                yield Chunk("files", tuple(waiting))
+                waiting = []
+            continue
+        n_scans = _count(kind, path)
+        for begin in range(0, max(n_scans, 1), CHUNK_SCANS):
+            yield Chunk(kind, (path,), begin, min(begin + CHUNK_SCANS, n_scans), n_scans)
+    if waiting:
+        yield Chunk("files", tuple(waiting))
+
+
+def read_chunk(chunk: Chunk, given: Radiation | None = None) -> Iterator[Found | Failure]:
+    """Every scan of a chunk in its order, and in the place of what cannot be read, why.
+
+    Args:
+        chunk: of `find_chunks`.
+        given: radiation for files that state none.
+    """
+    if chunk.kind == "files":
+        for path in chunk.paths:
+            start = time.perf_counter()
+            try:
+                data = read_bytes(Path(path))
+            except InputError as error:
+                yield _failure(path, "", -1, f"{shown_path(path)}: {error}")
+                continue
+            yield from _read_content(data, path, "", given, start)
+        return
+    (path,) = chunk.paths
+    try:
+        yield from _READERS[chunk.kind](chunk, given)
+        if chunk.begin == chunk.end:
+            yield _failure(path, "", -1, f"{shown_path(path)}: scans: must be at least one, got none")
+    except InputError as error:
+        yield _failure(path, "", -1, str(error))
+
+
+def _count(kind: str, path: str) -> int:
+    """Scans or members of a container; 0 where it cannot be opened, which reading will explain."""
+    try:
+        container = _CONTAINERS[kind](path)
+    except InputError:
+        return 0
+    try:
+        return len(container)
+    except InputError:
+        return 0
+    finally:
+        container.close()
+
+
+@contextlib.contextmanager
+def _opened(chunk: Chunk) -> Iterator[Any]:
+    """The chunk's container; it stays open for the next chunk, which then goes on where this one ended.
+
+    Without that, archives that can only be read forwards would be read from their beginning for every chunk.
+    """
+    global _kept
+    (path,) = chunk.paths
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise InputError(f"{shown_path(path)}: file: must be readable, got {error.strerror}") from error
+    key = (chunk.kind, path, status.st_ino, status.st_size, status.st_mtime_ns)
+    (kept_key, container), _kept = _kept or (None, None), None
+    if kept_key != key:
+        if container is not None:
+            container.close()
+        container = _CONTAINERS[chunk.kind](path)
+    try:
+        yield container
+    except BaseException:
+        container.close()
+        raise
+    if chunk.end < chunk.n_scans:
+        _kept = key, container
+    else:
+        container.close()
+
+
+_kept: tuple[tuple[object, ...], Any] | None = None
+
+
+def _failure(file: str, member: str, index: int, reason: str) -> Failure:
+    scan_id = name_of(file, member, None if index < 0 else index)
+    return Failure(scan_id, printable(file), printable(member), index, reason)
+
+
+def _read_content(
+    data: bytes, file: str, member: str, given: Radiation | None, start: float
+) -> Iterator[Found | Failure]:
+    name = f"{file}::{member}" if member else file
+    digest = hashlib.sha256(data).hexdigest()
+    index = 0
+    try:
+        for scan in scans_of_content(data, name, given):
+            seconds = time.perf_counter() - start
+            if isinstance(scan, InputError):
+                yield _failure(file, member, index, str(scan))
+            else:
+                yield Found(scan, printable(file), printable(member), index, digest, seconds)
+            index += 1
+            start = time.perf_counter()
+    except InputError as error:
+        yield _failure(file, member, -1, str(error))
+    except (RecursionError, MemoryError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        # no reader should raise these; where one does, the batch goes on and the table says so
+        yield _failure(file, member, -1, f"{shown_path(name)}: reader: must read the file, got {error!r}")
+
+
+def _read_tar(chunk: Chunk, given: Radiation | None) -> Iterator[Found | Failure]:
+    (path,) = chunk.paths
+    with _opened(chunk) as tar:
+        for member in itertools.islice(tar.members(chunk.begin), chunk.end - chunk.begin):
+            start = time.perf_counter()
+            try:
+                data = tar.content(member)
+            except InputError as error:
+                yield _failure(path, member.name, -1, f"{shown_path(name_of(path, member.name))}: {error}")
+                continue
+            yield from _read_content(data, path, member.name, given, start)
+
+
+def _read_container(chunk: Chunk, given: Radiation | None) -> Iterator[Found | Failure]:
+    (path,) = chunk.paths
+    with _opened(chunk) as container:
+        for index in range(chunk.begin, chunk.end):
+            start = time.perf_counter()
+            try:
+                scan = container.scan(index, given)
+                member = container.name(index)
+            except InputError as error:
+                yield _failure(path, "", index, f"{shown_path(path)}: scan {index}: {error}")
+                continue
+            digest = hashlib.sha256(scan.two_theta.tobytes())
+            digest.update(scan.intensity.tobytes())
+            seconds = time.perf_counter() - start
+            yield Found(scan, printable(path), member, index, digest.hexdigest(), seconds)
+
+
+class _Tar:
+    """Members of a tar archive in their order, in bounded memory, whatever it says about itself.
+
+    Raises:
+        InputError: for a file that is missing or no tar archive.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._file = _Bounded(_open_archive(path))
+        try:
+            self._rewind()
+        except InputError:
+            self.close()
+            raise
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.members(0))
+
+    def close(self) -> None:
+        """Closes the archive."""
+        self._file.close()
+
+    def members(self, begin: int) -> Iterator[tarfile.TarInfo]:
+        """All but folders, from the one with this number."""
+        if begin < self._position:
+            self._rewind()
+        try:
+            while (member := self._tar.next()) is not None:
+                self._tar.members = []  # else tarfile keeps every one
+                if member.size > _MAX_SKIPPED and self._file.compressed:
+                    raise InputError(f"member {member.name[:200]!r}: must have at most {_MAX_SKIPPED} bytes")
+                if member.isdir():
+                    continue
+                self._position += 1
+                if self._position > begin:
+                    yield member
+        except _TAR_ERRORS as error:
+            raise self._refusal(error) from error
+
+    def _rewind(self) -> None:
+        self._position = 0
+        try:
+            self._file.seek(0)
+            self._tar = tarfile.open(fileobj=self._file, mode="r:")  # type: ignore[call-overload]  # noqa: SIM115 (closed by `close`)
+        except _TAR_ERRORS as error:
+            raise self._refusal(error) from error
+
+    def content(self, member: tarfile.TarInfo) -> bytes:
+        """Bytes of a member.
+
+        Raises:
+            InputError: for a link or device, a name that leads out of the archive, or more than 64 MB.
+        """
+        if not member.isreg() or member.issparse():
+            raise InputError("member: must be a regular file, got a link, device or sparse file")
+        if member.name.startswith(("/", "\\")) or ".." in member.name.replace("\\", "/").split("/"):
+            raise InputError("member: must have a name inside the archive, got one that leads out of it")
+        if member.size > MAX_BYTES:
+            raise InputError(f"size: must be at most {MAX_BYTES} bytes, got {member.size}")
+        try:
+            self._file.seek(member.offset_data)
+            data = self._file.read(member.size)
+        except _TAR_ERRORS as error:
+            raise InputError(f"member: must be whole, got {error}") from error
+        if len(data) != member.size:
+            raise InputError("member: must be whole, got its beginning")
+        return data
+
+    def _refusal(self, error: Exception) -> InputError:
+        return InputError(f"{shown_path(self._path)}: archive: must be a whole tar file, got {error}")
+
+
+class _Bounded:
+    """A binary file that reads at most 64 MB at once: tarfile believes the size of a header."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.compressed = isinstance(file, gzip.GzipFile | bz2.BZ2File)
+        self.seek, self.tell, self.close = file.seek, file.tell, file.close
+
+    def read(self, size: int) -> bytes:
+        """`size` bytes, or what is left."""
+        if size > MAX_BYTES:
+            raise InputError(f"header: must be at most {MAX_BYTES} bytes, got {size}")
+        return self._file.read(size)
+
+
+def _open_archive(path: str) -> IO[bytes]:
+    if not os.path.isfile(path):
+        raise InputError(f"{shown_path(path)}: file: must be a regular file that is there, got none")
+    name = path.lower()
+    if name.endswith((".gz", ".tgz")):
+        return gzip.open(path)  # type: ignore[return-value]
+    return bz2.open(path) if name.endswith(".bz2") else open(path, "rb")
+
+
+_CONTAINERS: dict[str, Callable[[str], Any]] = {
+    "tar": _Tar,
+    "hdf5": Hdf5Stack,
+    "npz": NpzStack,
+    "packed": PackedScans,
+}
+_READERS: dict[str, Callable[[Chunk, Radiation | None], Iterator[Found | Failure]]] = {
+    **dict.fromkeys(_CONTAINERS, _read_container),
+    "tar": _read_tar,
+}
