@@ -42,7 +42,7 @@ def pymatgen_lines(one: PackedStructures) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pymatgen_structure(one: PackedStructures):
-    """Row for row, occupancies over the largest one above 1, for which intensities relative to the strongest are the same.
+    """Row for row; occupancies are divided by the largest one above 1, which relative intensities do not feel.
 
     Sites that hold more than their share (AMCSD) would be refused by pymatgen's own check.
     """
