@@ -24,6 +24,7 @@ _DOUBLETS = {
     "Ag": (0.55942178, 0.5638131),
 }
 KA1_WAVELENGTH = _DOUBLETS["Cu"][0]  # of every grid a model reads
+_QUOTED_WITHIN = 2e-4  # of a mean wavelength: 1.5418 and 1.542 are meant for 1.54184, and 1.5406 is not
 
 
 def radiations() -> dict[str, float]:
@@ -59,6 +60,26 @@ def wavelength_of(radiation: str | float) -> float:
     if not (math.isfinite(value) and value > 0.0):
         raise ValueError(f"wavelength_of: wavelength must be finite and > 0 Angstrom, got {radiation}")
     return value
+
+
+def scan_wavelengths(radiation: str | float) -> tuple[float, float]:
+    """K-alpha 1 and K-alpha 2 of a scan's stated radiation, in Angstrom; K-alpha 2 is 0 for a single wavelength.
+
+    The weighted mean of a doublet means the doublet: its K-alpha 1 lines lie where K-alpha 1 puts them, up to 0.1
+    degree from where the mean would. Any other wavelength is taken as it is.
+
+    Raises:
+        ValueError: as `wavelength_of`.
+
+    Example:
+        >>> scan_wavelengths(1.5418), scan_wavelengths("CuKa1"), scan_wavelengths(0.7)
+        ((1.54056, 1.54439), (1.54056, 0.0), (0.7, 0.0))
+    """
+    wavelength = wavelength_of(radiation)
+    for first, second in _DOUBLETS.values():
+        if math.isclose(wavelength, (2.0 * first + second) / 3.0, rel_tol=_QUOTED_WITHIN):
+            return first, second
+    return wavelength, 0.0
 
 
 def d_spacing_of(two_theta: ArrayLike, wavelength: float) -> NDArray[np.float64]:
