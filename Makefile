@@ -12,7 +12,7 @@ TORCH_FROM := $(if $(HAS_GPU),,$(if $(TORCH_INDEX),--extra-index-url $(TORCH_IND
 # Threads that spin while they wait slow each other down many times over where other programs use the cores too.
 test test-all: export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test test-all lint bench cuda-compile clean
+.PHONY: demo test test-all lint bench gpu-check cuda-compile clean
 
 demo: $(VENV)/installed
 	$(BIN)/xrdfast demo --output demo-run
@@ -28,6 +28,10 @@ lint: $(VENV)/installed-test
 
 bench: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks.run
+
+# With the Python at hand, whose torch knows the device; OUT: folder of the result.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check $(if $(OUT),--out $(OUT))
 
 cuda-compile:
 	benchmarks/check_cuda.sh csrc

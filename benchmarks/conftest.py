@@ -36,3 +36,11 @@ def row(benchmark) -> Callable[..., None]:
         benchmark.extra_info.update(what=what, measured=measured, bar=bar, met=met)
 
     return add
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Runs a benchmark on the processor, and where there is one on a GPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return request.param

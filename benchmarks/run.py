@@ -21,16 +21,27 @@ def processor() -> str:
     return f"{names[0] if names else platform.machine()}, {len(names) or '?'} cores, {level}"
 
 
-def main() -> int:
-    """Exit code of pytest; the table goes to standard output, the rows to results/."""
+def run_benchmarks(arguments: list[str]) -> tuple[int, list[dict[str, object]]]:
+    """Pytest's exit code for these files and options, and the rows that the benchmarks left."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "pytest", *(sys.argv[1:] or [str(FOLDER)]), "-q", "-p", "benchmark"]
+        command = [sys.executable, "-m", "pytest", *arguments, "-q", "-p", "benchmark"]
         command += ["--override-ini=addopts=", "--override-ini=python_files=bench_*.py"]
-        code = subprocess.run([*command, f"--benchmark-json={report}"], check=False).returncode
+        code = subprocess.run(
+            [*command, f"--benchmark-json={report}"], cwd=FOLDER.parent, check=False
+        ).returncode
         if not report.exists() or not report.stat().st_size:
-            return code or 1
-        rows = [b["extra_info"] for b in json.loads(report.read_text())["benchmarks"] if b["extra_info"]]
+            return code, []
+        return code, [
+            b["extra_info"] for b in json.loads(report.read_text())["benchmarks"] if b["extra_info"]
+        ]
+
+
+def main() -> int:
+    """Exit code of pytest; the table goes to standard output, the rows to results/."""
+    code, rows = run_benchmarks(sys.argv[1:] or [str(FOLDER)])
+    if not rows:
+        return code or 1
     print(f"\nMeasured on {processor()}\n\n| what | measured | bar | |\n|---|---|---|---|")
     for row in rows:
         print(

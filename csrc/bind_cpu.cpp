@@ -3,7 +3,14 @@
 #include <pybind11/pybind11.h>
 
 #include "preprocess.h"
+#include <string>
+#include <utility>
+
+#include "bind_dsr_loss.h"
+#include "peak_attention.h"
+#include "peak_conv.h"
 #include "render.h"
+#include "render_patterns.h"
 #include "simulate.h"
 
 namespace py = pybind11;
@@ -34,6 +41,159 @@ StructureBatch structures(uintptr_t atom_offset, uintptr_t lattice, uintptr_t at
             wavelength,
             g_min,
             g_max};
+}
+
+// `dtype` ends the names: peak_attention_float32.
+template <typename T>
+void bind_peak_attention(py::module_& m, const std::string& dtype) {
+    m.def(
+        ("peak_attention_" + dtype).c_str(),
+        [](uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t active, uintptr_t output,
+           uintptr_t logsumexp, int64_t n_patterns, int64_t n_patches, int64_t width, int n_threads) {
+            peak_attention_forward_cpu<T>({at<const T>(query), at<const T>(key), at<const T>(value),
+                                           at<const bool>(active), at<T>(output), at<T>(logsumexp), n_patterns,
+                                           n_patches, width},
+                                          n_threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        ("peak_attention_backward_" + dtype).c_str(),
+        [](uintptr_t grad_output, uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t active,
+           uintptr_t output, uintptr_t logsumexp, uintptr_t grad_query, uintptr_t grad_key, uintptr_t grad_value,
+           int64_t n_patterns, int64_t n_patches, int64_t width, int n_threads) {
+            peak_attention_backward_cpu<T>(
+                {at<const T>(grad_output), at<const T>(query), at<const T>(key), at<const T>(value),
+                 at<const bool>(active), at<const T>(output), at<const T>(logsumexp), at<T>(grad_query),
+                 at<T>(grad_key), at<T>(grad_value), n_patterns, n_patches, width},
+                n_threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        ("encode_patches_" + dtype).c_str(),
+        [](uintptr_t intensity, uintptr_t patch_weight, uintptr_t position, uintptr_t layers, uintptr_t features,
+           int64_t n_patterns, int64_t n_patches, int64_t patch_points, int64_t n_embedded, int64_t width,
+           int64_t hidden, int64_t n_layers, double blank, double norm_eps, double leaky_slope, int n_threads) {
+            encode_patches_cpu<T>({at<const T>(intensity), at<const T>(patch_weight), at<const T>(position),
+                                   at<const T>(layers), at<T>(features), n_patterns, n_patches, patch_points,
+                                   n_embedded, width, hidden, n_layers, static_cast<T>(blank),
+                                   static_cast<T>(norm_eps), static_cast<T>(leaky_slope)},
+                                  n_threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+}
+
+template <typename T>
+PeakNormParams<T> peak_norm_params(uintptr_t h, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t count,
+                                   uintptr_t take, uintptr_t mean, uintptr_t var, int64_t n_rows, int64_t n_rows_out,
+                                   int64_t n_channels, int64_t n_touched, int n_take, bool maximum, bool batch,
+                                   double eps, double total) {
+    return {at<const T>(h),       at<const T>(residual), at<const T>(gamma), at<const T>(beta), at<const float>(count),
+            at<const int32_t>(take), at<T>(mean),        at<T>(var),         n_rows,            n_rows_out,
+            n_channels,           n_touched,             n_take,             maximum,           batch,
+            eps,                  total};
+}
+
+// The operators of one floating-point type, under names that end in it.
+template <typename T>
+void bind_peak_conv(py::module_& m, const std::string& type) {
+    const py::call_guard<py::gil_scoped_release> unlocked;
+    m.def(
+        ("peak_plan_" + type).c_str(),
+        [](uintptr_t intensity, uintptr_t paddings, int64_t n_patterns, int64_t length, int64_t n_stages,
+           int64_t packed_stages, int64_t reach, int64_t max_gap, double packed_share, uintptr_t n_rows,
+           uintptr_t point, uintptr_t position, uintptr_t count, uintptr_t halo, uintptr_t pairs) {
+            peak_plan_cpu<T>({at<const T>(intensity), at<const int64_t>(paddings), n_patterns, length, n_stages,
+                              packed_stages, reach, max_gap, packed_share, at<int64_t>(n_rows), at<int64_t>(point),
+                              at<int64_t>(position), at<float>(count), at<int32_t>(halo), at<int32_t>(pairs)});
+        },
+        unlocked);
+    m.def(
+        ("peak_conv_" + type).c_str(),
+        [](uintptr_t x, uintptr_t weight, uintptr_t out, int64_t n_rows, int64_t n_in, int64_t n_out, int64_t shift,
+           int n_threads) {
+            peak_conv_cpu<T>({at<const T>(x), at<const T>(weight), at<T>(out), n_rows, n_in, n_out, shift}, n_threads);
+        },
+        unlocked);
+    m.def(
+        ("peak_stage_" + type).c_str(),
+        [](uintptr_t x, uintptr_t first, uintptr_t second, uintptr_t widen, uintptr_t offset1, uintptr_t offset2,
+           uintptr_t halo, uintptr_t pairs, uintptr_t y, uintptr_t out, int64_t n_rows, int64_t n_rows_out,
+           int64_t n_in, int64_t n_channels, int64_t n_touched, int64_t shift, bool maximum, int n_threads) {
+            peak_stage_cpu<T>({at<const T>(x), at<const T>(first), at<const T>(second), at<const T>(widen),
+                               at<const T>(offset1), at<const T>(offset2), at<const int32_t>(halo),
+                               at<const int32_t>(pairs), at<T>(y), at<T>(out), n_rows, n_rows_out, n_in, n_channels,
+                               n_touched, shift, maximum},
+                              n_threads);
+        },
+        unlocked);
+    m.def(
+        ("peak_conv_weight_" + type).c_str(),
+        [](uintptr_t x, uintptr_t grad_out, uintptr_t grad_weight, int64_t n_rows, int64_t n_in, int64_t n_out,
+           int64_t shift, int n_threads) {
+            peak_conv_weight_cpu<T>(
+                {at<const T>(x), at<const T>(grad_out), at<T>(grad_weight), n_rows, n_in, n_out, shift}, n_threads);
+        },
+        unlocked);
+    const std::pair<const char*, void (*)(const WinogradParams<T>&, int)> maps[] = {
+        {"winograd_input_", winograd_input_cpu<T>},
+        {"winograd_output_", winograd_output_cpu<T>},
+        {"winograd_output_backward_", winograd_output_backward_cpu<T>}};
+    for (const auto& [name, map] : maps)
+        m.def(
+            (name + type).c_str(),
+            [map = map](uintptr_t rows, uintptr_t planes, int64_t n_positions, int64_t size, int64_t tile_begin,
+                        int64_t tile_end, int n_threads) {
+                map({at<T>(rows), at<T>(planes), n_positions, size, tile_begin, tile_end}, n_threads);
+            },
+            unlocked);
+    m.def(
+        ("winograd_weight_" + type).c_str(),
+        [](uintptr_t weight, uintptr_t planes, int64_t size, bool reversed, int n_threads) {
+            winograd_weight_cpu(at<const T>(weight), at<T>(planes), size, reversed, n_threads);
+        },
+        unlocked);
+    m.def(
+        ("winograd_weight_backward_" + type).c_str(),
+        [](uintptr_t planes, uintptr_t grad_weight, int64_t size, int n_threads) {
+            winograd_weight_backward_cpu(at<const T>(planes), at<T>(grad_weight), size, n_threads);
+        },
+        unlocked);
+    m.def(
+        ("peak_norm_" + type).c_str(),
+        [](uintptr_t h, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t count, uintptr_t take,
+           uintptr_t mean, uintptr_t var, int64_t n_rows, int64_t n_rows_out, int64_t n_channels, int64_t n_touched,
+           int n_take, bool maximum, bool batch, double eps, double total, uintptr_t out, int n_threads) {
+            peak_norm_cpu(peak_norm_params<T>(h, residual, gamma, beta, count, take, mean, var, n_rows, n_rows_out,
+                                              n_channels, n_touched, n_take, maximum, batch, eps, total),
+                          at<T>(out), n_threads);
+        },
+        unlocked);
+    m.def(
+        ("peak_norm_backward_" + type).c_str(),
+        [](uintptr_t h, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t count, uintptr_t take,
+           uintptr_t mean, uintptr_t var, int64_t n_rows, int64_t n_rows_out, int64_t n_channels, int64_t n_touched,
+           int n_take, bool maximum, bool batch, double eps, double total, uintptr_t grad_out, uintptr_t grad_h,
+           uintptr_t grad_residual, uintptr_t grad_gamma, uintptr_t grad_beta, int n_threads) {
+            peak_norm_backward_cpu(
+                peak_norm_params<T>(h, residual, gamma, beta, count, take, mean, var, n_rows, n_rows_out, n_channels,
+                                    n_touched, n_take, maximum, batch, eps, total),
+                PeakNormGrads<T>{at<const T>(grad_out), at<T>(grad_h), at<T>(grad_residual), at<T>(grad_gamma),
+                                 at<T>(grad_beta)},
+                n_threads);
+        },
+        unlocked);
+}
+
+template <typename Element>
+void define_dsr_loss_cpu(py::module_& m, const char* dtype) {
+    define_dsr_loss<Element>(
+        m, dtype,
+        [](const DsrLossParams<Element>& p, uintptr_t n_threads) {
+            dsr_loss_forward_cpu(p, static_cast<int>(n_threads));
+        },
+        [](const DsrLossParams<Element>& p, uintptr_t n_threads) {
+            dsr_loss_backward_cpu(p, static_cast<int>(n_threads));
+        });
 }
 
 }  // namespace
@@ -113,6 +273,30 @@ PYBIND11_MODULE(_cpu, m) {
                                   at<int16_t>(active_patch), n_scans, n_points, smooth_points, background_width,
                                   clip_sigma, conserve_area, model_wavelength, two_theta_min, two_theta_step},
                                  n_threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    bind_peak_attention<float>(m, "float32");
+    bind_peak_attention<double>(m, "float64");
+    bind_peak_conv<float>(m, "float32");
+    bind_peak_conv<double>(m, "float64");
+    define_dsr_loss_cpu<float>(m, "float32");
+    define_dsr_loss_cpu<double>(m, "float64");
+    define_dsr_loss_cpu<BFloat16>(m, "bfloat16");
+    m.def(
+        "render_patterns",
+        [](uintptr_t offset, uintptr_t hkl, uintptr_t multiplicity, uintptr_t f_squared, uintptr_t reciprocal_metric,
+           uintptr_t b_overall, uintptr_t rotation_offset, uintptr_t rotations, uintptr_t profile,
+           uintptr_t pattern_id, uintptr_t intensity, uintptr_t active_count, uintptr_t active_patch,
+           int64_t hkl_stride, int64_t multiplicity_stride, int64_t n_patterns, int64_t n_points, int64_t seed,
+           double clip_sigma, double wavelength, double two_theta_min, double two_theta_step, int n_threads) {
+            render_patterns_cpu({at<const int64_t>(offset), at<const int16_t>(hkl), at<const int16_t>(multiplicity),
+                                 at<const float>(f_squared), at<const double>(reciprocal_metric),
+                                 at<const double>(b_overall), at<const int64_t>(rotation_offset),
+                                 at<const int8_t>(rotations), at<const ProfileRow>(profile),
+                                 at<const int64_t>(pattern_id), at<float>(intensity), at<int32_t>(active_count),
+                                 at<int16_t>(active_patch), hkl_stride, multiplicity_stride, n_patterns, n_points, seed,
+                                 clip_sigma, wavelength, two_theta_min, two_theta_step},
+                                n_threads);
         },
         py::call_guard<py::gil_scoped_release>());
 }

@@ -7,7 +7,11 @@
 #include <string>
 
 #include "preprocess.h"
+#include "bind_dsr_loss.h"
+#include "peak_attention.h"
+#include "peak_conv.h"
 #include "render.h"
+#include "render_patterns.h"
 #include "simulate.h"
 
 #ifndef XRDFAST_MODULE
@@ -37,6 +41,86 @@ StructureBatch lattices(uintptr_t lattice, int64_t n_structures, double g_min, d
     batch.g_min = g_min;
     batch.g_max = g_max;
     return batch;
+}
+
+// `dtype` ends the names: peak_attention_float32.
+template <typename T, typename S>
+void bind_peak_attention(py::module_& m, const std::string& dtype) {
+    m.def(
+        ("peak_attention_" + dtype).c_str(),
+        [](uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t active, uintptr_t output, uintptr_t logsumexp,
+           int64_t n_patterns, int64_t n_patches, int64_t width, uintptr_t stream) {
+            const PeakAttentionParams<T, S> params{at<const S>(query), at<const S>(key), at<const S>(value),
+                                                   at<const bool>(active), at<S>(output), at<T>(logsumexp),
+                                                   n_patterns, n_patches, width};
+            check("peak_attention", peak_attention_forward_cuda(params, at<void>(stream)));
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        ("peak_attention_backward_" + dtype).c_str(),
+        [](uintptr_t grad_output, uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t active,
+           uintptr_t output, uintptr_t logsumexp, uintptr_t grad_query, uintptr_t grad_key, uintptr_t grad_value,
+           int64_t n_patterns, int64_t n_patches, int64_t width, uintptr_t delta, uintptr_t stream) {
+            const PeakAttentionBackwardParams<T, S> params{
+                at<const S>(grad_output), at<const S>(query), at<const S>(key), at<const S>(value),
+                at<const bool>(active), at<const S>(output), at<const T>(logsumexp), at<S>(grad_query),
+                at<S>(grad_key), at<S>(grad_value), n_patterns, n_patches, width};
+            check("peak_attention_backward", peak_attention_backward_cuda(params, at<T>(delta), at<void>(stream)));
+        },
+        py::call_guard<py::gil_scoped_release>());
+}
+
+// The operators of one floating-point type, under names that end in it.
+template <typename T>
+void bind_peak_conv(py::module_& m, const std::string& type) {
+    const py::call_guard<py::gil_scoped_release> unlocked;
+    m.def(
+        ("peak_norm_" + type).c_str(),
+        [](uintptr_t h, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t count, uintptr_t take,
+           uintptr_t mean, uintptr_t var, int64_t n_rows, int64_t n_rows_out, int64_t n_channels, int64_t n_touched,
+           int n_take, bool maximum, bool batch, double eps, double total, uintptr_t sums, uintptr_t weights,
+           uintptr_t out, uintptr_t stream) {
+            const PeakNormParams<T> params{at<const T>(h),     at<const T>(residual), at<const T>(gamma),
+                                           at<const T>(beta),  at<const float>(count), at<const int32_t>(take),
+                                           at<T>(mean),        at<T>(var),             n_rows,
+                                           n_rows_out,         n_channels,             n_touched,
+                                           n_take,             maximum,                batch,
+                                           eps,                total};
+            const PeakNormScratch<T> scratch{at<T>(sums), at<T>(weights), nullptr, nullptr};
+            check("peak_norm", peak_norm_cuda(params, scratch, at<T>(out), at<void>(stream)));
+        },
+        unlocked);
+    m.def(
+        ("peak_norm_backward_" + type).c_str(),
+        [](uintptr_t h, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t count, uintptr_t take,
+           uintptr_t mean, uintptr_t var, int64_t n_rows, int64_t n_rows_out, int64_t n_channels, int64_t n_touched,
+           int n_take, bool maximum, bool batch, double eps, double total, uintptr_t sums, uintptr_t taker,
+           uintptr_t taken, uintptr_t grad_out, uintptr_t grad_h, uintptr_t grad_residual, uintptr_t grad_gamma,
+           uintptr_t grad_beta, uintptr_t stream) {
+            const PeakNormParams<T> params{at<const T>(h),     at<const T>(residual), at<const T>(gamma),
+                                           at<const T>(beta),  at<const float>(count), at<const int32_t>(take),
+                                           at<T>(mean),        at<T>(var),             n_rows,
+                                           n_rows_out,         n_channels,             n_touched,
+                                           n_take,             maximum,                batch,
+                                           eps,                total};
+            const PeakNormScratch<T> scratch{at<T>(sums), nullptr, at<const int32_t>(taker), at<const int32_t>(taken)};
+            const PeakNormGrads<T> grads{at<const T>(grad_out), at<T>(grad_h), at<T>(grad_residual), at<T>(grad_gamma),
+                                         at<T>(grad_beta)};
+            check("peak_norm_backward", peak_norm_backward_cuda(params, scratch, grads, at<void>(stream)));
+        },
+        unlocked);
+}
+
+template <typename Element>
+void define_dsr_loss_cuda(py::module_& m, const char* dtype) {
+    define_dsr_loss<Element>(
+        m, dtype,
+        [](const DsrLossParams<Element>& p, uintptr_t stream) {
+            check("dsr_loss", dsr_loss_forward_cuda(p, at<void>(stream)));
+        },
+        [](const DsrLossParams<Element>& p, uintptr_t stream) {
+            check("dsr_loss_backward", dsr_loss_backward_cuda(p, at<void>(stream)));
+        });
 }
 
 }  // namespace
@@ -156,6 +240,48 @@ PYBIND11_MODULE(XRDFAST_MODULE, m) {
                                                  at<float>(noise),  at<float>(level), n_total,
                                                  longest};
             check("preprocess_scans", preprocess_scans_cuda(params, scratch, at<void>(stream)));
+        },
+        unlocked);
+    bind_peak_attention<float, float>(m, "float32");
+    bind_peak_attention<double, double>(m, "float64");
+    bind_peak_attention<float, Bfloat16>(m, "bfloat16");
+    bind_peak_conv<float>(m, "float32");
+    bind_peak_conv<double>(m, "float64");
+    define_dsr_loss_cuda<float>(m, "float32");
+    define_dsr_loss_cuda<double>(m, "float64");
+    define_dsr_loss_cuda<BFloat16>(m, "bfloat16");
+    m.def(
+        "render_patterns",
+        [](uintptr_t offset, uintptr_t hkl, uintptr_t multiplicity, uintptr_t f_squared, uintptr_t reciprocal_metric,
+           uintptr_t b_overall, uintptr_t rotation_offset, uintptr_t rotations, uintptr_t profile,
+           uintptr_t pattern_id, uintptr_t intensity, uintptr_t active_count, uintptr_t active_patch,
+           int64_t hkl_stride, int64_t multiplicity_stride, int64_t n_patterns, int64_t n_points, int64_t seed,
+           double clip_sigma, double wavelength, double two_theta_min, double two_theta_step, uintptr_t g2,
+           uintptr_t weight, uintptr_t line, uintptr_t peaks, uintptr_t stream) {
+            const RenderPatternsParams params{at<const int64_t>(offset),
+                                              at<const int16_t>(hkl),
+                                              at<const int16_t>(multiplicity),
+                                              at<const float>(f_squared),
+                                              at<const double>(reciprocal_metric),
+                                              at<const double>(b_overall),
+                                              at<const int64_t>(rotation_offset),
+                                              at<const int8_t>(rotations),
+                                              at<const ProfileRow>(profile),
+                                              at<const int64_t>(pattern_id),
+                                              at<float>(intensity),
+                                              at<int32_t>(active_count),
+                                              at<int16_t>(active_patch),
+                                              hkl_stride,
+                                              multiplicity_stride,
+                                              n_patterns,
+                                              n_points,
+                                              seed,
+                                              clip_sigma,
+                                              wavelength,
+                                              two_theta_min,
+                                              two_theta_step};
+            const RenderPatternsScratch scratch{at<double>(g2), at<double>(weight), at<Line>(line), at<float>(peaks)};
+            check("render_patterns", render_patterns_cuda(params, scratch, at<void>(stream)));
         },
         unlocked);
 }

@@ -29,20 +29,33 @@ __device__ __forceinline__ int block_exclusive_sum(int value, int* partial, int*
 }
 
 // Largest value; NaN where any is NaN.
-template <int kThreads>
-__device__ __forceinline__ double block_max(double value, double* partial) {
+template <int kThreads, typename T>
+__device__ __forceinline__ T block_max(T value, T* partial) {
     static_assert(kThreads % 32 == 0, "whole warps");
     for (int distance = 16; distance; distance /= 2) {
-        const double other = __shfl_xor_sync(kFullMask, value, distance);
+        const T other = __shfl_xor_sync(kFullMask, value, distance);
         value = value >= other || value != value ? value : other;
     }
     if ((threadIdx.x & 31) == 0) partial[threadIdx.x >> 5] = value;
     __syncthreads();
     value = partial[0];
     for (int i = 1; i < kThreads / 32; ++i) {
-        const double other = partial[i];
+        const T other = partial[i];
         value = value >= other || value != value ? value : other;
     }
+    __syncthreads();
+    return value;
+}
+
+// Sum, in the same order in every run.
+template <int kThreads, typename T>
+__device__ __forceinline__ T block_sum(T value, T* partial) {
+    static_assert(kThreads % 32 == 0, "whole warps");
+    for (int distance = 16; distance; distance /= 2) value += __shfl_xor_sync(kFullMask, value, distance);
+    if ((threadIdx.x & 31) == 0) partial[threadIdx.x >> 5] = value;
+    __syncthreads();
+    value = partial[0];
+    for (int i = 1; i < kThreads / 32; ++i) value += partial[i];
     __syncthreads();
     return value;
 }

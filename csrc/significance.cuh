@@ -46,9 +46,11 @@ __device__ __forceinline__ float warp_noise(const float* value, int64_t begin, i
     warp_sort(rough);
     float median = 0.0f;
 #pragma unroll
-    for (int r = 0; r < kValues; ++r)
-        if (r == middle / 32) median = rough[r];
-    return n > 0 ? kDeviationsAMedian * __shfl_sync(kFullMask, median, middle & 31) : 0.0f;
+    for (int r = 0; r < kValues; ++r) {  // shuffled before it is chosen, or nvcc indexes the array in local memory
+        const float candidate = __shfl_sync(kFullMask, rough[r], middle & 31);
+        median = r == middle / 32 ? candidate : median;
+    }
+    return n > 0 ? kDeviationsAMedian * median : 0.0f;
 }
 
 // Noise of a block of a pattern of n points; all of a warp takes part.

@@ -243,11 +243,11 @@ BAD_PATTERNS = {
     "empty": ("", "points: must be at least 2"),
     "truncated": ("10.0 1.0\n20.0", "line 2: must be two or three numbers"),
     "words": ("10.0 1.0\n20.0 strong\n", "line 2: must be two or three numbers"),
-    "nan": ("10.0 1.0\n20.0 nan\n", "line 2: intensity must be finite"),
-    "infinite": ("10.0 1.0\ninf 2.0\n", "line 2: two_theta must be finite"),
-    "negative": ("10.0 1.0\n20.0 -3.0\n", "line 2: intensity must be >= 0"),
-    "negative angle": ("-10.0 1.0\n20.0 3.0\n", "line 1: two_theta must be between 0 and 180"),
-    "unsorted": ("20.0 1.0\n10.0 3.0\n", "line 2: two_theta must be above"),
+    "nan": ("10.0 1.0\n20.0 nan\n", "point 2: intensity must be finite"),
+    "infinite": ("10.0 1.0\ninf 2.0\n", "point 2: two_theta must be finite"),
+    "negative": ("10.0 1.0\n20.0 -3.0\n", "point 2: intensity must be >= 0"),
+    "negative angle": ("-10.0 1.0\n20.0 3.0\n", "point 1: two_theta must be between 0 and 180"),
+    "unsorted": ("20.0 1.0\n10.0 3.0\n", "point 2: two_theta must be above"),
     "all zero": ("10.0 0.0\n20.0 0.0\n", "intensity: must be positive somewhere"),
     "outside": ("95.0 1.0\n120.0 2.0\n", "two_theta: must have a line within 5..90"),
     "binary": ("\0\0\0\0", "must be"),
@@ -378,4 +378,4 @@ def test_structure_round_trip(tmp_path, model):
     scan_file.write_text(scan(4000))
     answer = json.loads(succeed("predict", scan_file, "--model", model, "--json", "--radiation", "CuKa1"))
     assert answer["kind"] == "scan" and "peaks" in " ".join(answer["notes"])
-    assert answer["wavelength_source"] == "stated"
+    assert answer["wavelength_source"] == "given"

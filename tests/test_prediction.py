@@ -48,7 +48,7 @@ def test_answer_is_consistent(predictor):
         for candidate in answer.candidates[:9]:
             index = class_index(level)[candidate.space_group_number - 1]
             assert candidate.superclasses[level] == class_names(level)[index]
-    assert answer.wavelength_source == "stated" and answer.kind == "sticks"
+    assert answer.wavelength_source == "given" and answer.kind == "sticks"
 
 
 def test_scale_of_intensity_does_not_matter(predictor):

@@ -24,7 +24,7 @@ def prediction(*, true_number: int = 0, hkl: bool = False, scan: bool = False) -
     kind = "structure" if hkl else "scan" if scan else "sticks"
     superclasses = {"crystal_system": tuple(systems)}
     return Prediction(
-        tuple(candidates), superclasses, kind, 1.54056, "stated", (), pattern, true_number=true_number
+        tuple(candidates), superclasses, kind, 1.54056, "given", (), pattern, true_number=true_number
     )
 
 

@@ -18,10 +18,14 @@ _PUBLIC = {
     "simulate_lines": "xrdfast.ops.simulate",
     "simulate_families": "xrdfast.ops.simulate",
     "render_sticks": "xrdfast.ops.render",
+    "render_patterns": "xrdfast.ops.render_patterns",
+    "dsr_loss": "xrdfast.ops.dsr_loss",
+    "SelfDistillation": "xrdfast.distillation",
     "build_model": "xrdfast.models.presets",
     "Trainer": "xrdfast.training.trainer",
     "joint_posterior": "xrdfast.posterior",
     "SymmetryPredictor": "xrdfast.prediction",
+    "read": "xrdfast.data.scans",
     "InputError": "xrdfast.errors",
 }
 

@@ -24,14 +24,20 @@ _DOUBLETS = {
     "Ag": (0.55942178, 0.5638131),
 }
 KA1_WAVELENGTH = _DOUBLETS["Cu"][0]  # of every grid a model reads
-_QUOTED_WITHIN = 2e-4  # of a mean wavelength: 1.5418 and 1.542 are meant for 1.54184, and 1.5406 is not
+# A stated wavelength this near a tabulated one is that one: tables differ by 5e-5 (1.54056, 1.540593, 1.540598),
+# quoted means by 5e-5 (1.5418, 1.54184); K-alpha 1 and the mean are 8e-4 apart or more.
+_SAME_WAVELENGTH = 2e-4
 
 
 def radiations() -> dict[str, float]:
-    """Wavelengths by name, Angstrom: CuKa1, CuKa2 and CuKa, the mean weighted 2 to 1, for each anode."""
+    """Wavelengths by name, Angstrom: CuKa1, CuKa2 and CuKa, the mean weighted 2 to 1, to 5 decimals as quoted."""
     table = {}
     for anode, (first, second) in _DOUBLETS.items():
-        table |= {f"{anode}Ka1": first, f"{anode}Ka2": second, f"{anode}Ka": (2.0 * first + second) / 3.0}
+        table |= {
+            f"{anode}Ka1": first,
+            f"{anode}Ka2": second,
+            f"{anode}Ka": round((2.0 * first + second) / 3.0, 5),
+        }
     return table
 
 
@@ -52,7 +58,7 @@ def wavelength_of(radiation: str | float) -> float:
         return table[radiation]
     try:
         value = float(radiation)
-    except ValueError:
+    except (TypeError, ValueError):
         raise ValueError(
             f"wavelength_of: radiation must be a number in Angstrom or one of {', '.join(table)}, "
             f"got {radiation!r}"
@@ -75,11 +81,84 @@ def scan_wavelengths(radiation: str | float) -> tuple[float, float]:
         >>> scan_wavelengths(1.5418), scan_wavelengths("CuKa1"), scan_wavelengths(0.7)
         ((1.54056, 1.54439), (1.54056, 0.0), (0.7, 0.0))
     """
-    wavelength = wavelength_of(radiation)
-    for first, second in _DOUBLETS.values():
-        if math.isclose(wavelength, (2.0 * first + second) / 3.0, rel_tol=_QUOTED_WITHIN):
-            return first, second
-    return wavelength, 0.0
+    stated = radiation_of(radiation)
+    second = radiations()[f"{stated.name}2"] if stated.is_doublet else 0.0
+    return stated.wavelength, second
+
+
+def doublet_anode(wavelength: float) -> str | None:
+    """The anode whose weighted K-alpha mean this is: such a number states the doublet, not one line.
+
+    Example:
+        >>> doublet_anode(1.5418), doublet_anode(1.5406)
+        ('Cu', None)
+    """
+    return _anode_of(wavelength, "Ka")
+
+
+@dataclass(frozen=True)
+class Radiation:
+    """What a pattern was measured with.
+
+    Attributes:
+        wavelength: Angstrom; of K-alpha 1 for a doublet.
+        name: "CuKa" for both lines of a doublet, "CuKa1" for the first alone, "" for any other radiation.
+    """
+
+    wavelength: float
+    name: str = ""
+
+    @property
+    def is_doublet(self) -> bool:
+        """Whether K-alpha 2 satellites go with it."""
+        return self.name.endswith("Ka")
+
+
+def radiation_of(stated: str | float) -> Radiation:
+    """Radiation that a name or a single number states; a weighted K-alpha mean means the doublet.
+
+    Raises:
+        ValueError: for an unknown name, or a number that is not finite and positive.
+
+    Example:
+        >>> radiation_of(1.54184)
+        Radiation(wavelength=1.54056, name='CuKa')
+        >>> radiation_of("CoKa1").wavelength, radiation_of(0.7).name
+        (1.788996, '')
+    """
+    wavelength = wavelength_of(stated)
+    if anode := doublet_anode(wavelength):
+        return Radiation(radiations()[f"{anode}Ka1"], f"{anode}Ka")
+    anode = _anode_of(wavelength, "Ka1")
+    return Radiation(wavelength, f"{anode}Ka1" if anode else "")
+
+
+def radiation_of_lines(first: float, second: float) -> Radiation:
+    """Radiation of two stated lines: a doublet where they are K-alpha 1 and 2 of an anode, else the first alone.
+
+    Raises:
+        ValueError: for a first wavelength that is not finite and positive.
+
+    Example:
+        >>> radiation_of_lines(1.540598, 1.544426)
+        Radiation(wavelength=1.540598, name='CuKa')
+        >>> radiation_of_lines(1.2079, 1.2084).name
+        ''
+    """
+    alone = radiation_of(first)
+    anode = _anode_of(alone.wavelength, "Ka1")
+    if anode and anode == _anode_of(second, "Ka2"):
+        return Radiation(alone.wavelength, f"{anode}Ka")
+    return alone
+
+
+def _anode_of(wavelength: float, line: str) -> str | None:
+    """The anode with this line, "Ka1", "Ka2" or their mean "Ka"."""
+    table = radiations()
+    for anode in _DOUBLETS:
+        if math.isclose(wavelength, table[anode + line], rel_tol=_SAME_WAVELENGTH):
+            return anode
+    return None
 
 
 def d_spacing_of(two_theta: ArrayLike, wavelength: float) -> NDArray[np.float64]:

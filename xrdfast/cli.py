@@ -22,6 +22,7 @@ from xrdfast import __version__
 if TYPE_CHECKING:
     from xrdfast.data.structures import PackedStructures, Rejected
     from xrdfast.prediction import Prediction
+    from xrdfast.training.config import RunConfig
 
 STORE_SUFFIX = ".store.safetensors"
 DEMO_FOLDER = "demo-run"
@@ -314,21 +315,61 @@ def _write_list(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Wins, as train.epochs=3.")
+@click.option("--distill", is_flag=True, help="Self-distillation: distillation.drg and .dsr = true.")
 @click.option("--resume", is_flag=True, help="Go on with the run in this folder.")
-def train(config: Path, output: Path, overrides: tuple[str, ...], resume: bool) -> None:
+def train(config: Path, output: Path, overrides: tuple[str, ...], distill: bool, resume: bool) -> None:
     """Trains a model as a TOML file says; under torchrun on several GPUs."""
+    from xrdfast.training.config import load_config
+
+    if distill:
+        overrides = ("distillation.drg=true", "distillation.dsr=true", *overrides)
+    again = " ".join([f"train {config} -o {output}", *(f"--set {x}" for x in overrides)])
+    _run_training(load_config(config, overrides), output, resume, again)
+
+
+@cli.command()
+@click.option(
+    "--teacher",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Run folder or model file of the teacher.",
+)
+@click.option("--preset", default="small", show_default=True, help="Architecture of the student.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="Settings of the student's run; default: the teacher's own.",
+)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Wins, as train.epochs=3.")
+@click.option("--resume", is_flag=True, help="Go on with the run in this folder.")
+def distill(
+    teacher: Path, preset: str, output: Path, config: Path | None, overrides: tuple[str, ...], resume: bool
+) -> None:
+    """Trains a model on the answers of a larger one, beside the labels."""
+    from xrdfast.training.checkpoint import load_model_card
+    from xrdfast.training.config import load_config
+
+    own = (f"model.preset={json.dumps(preset)}", f"distillation.teacher={json.dumps(str(teacher))}")
+    base = {} if config is not None else load_model_card(teacher).config
+    settings = load_config(config, (*own, *overrides), base)
+    words = [f"distill --teacher {teacher} --preset {preset} -o {output}"]
+    words += [f"--config {config}"] if config is not None else []
+    _run_training(settings, output, resume, " ".join([*words, *(f"--set {x}" for x in overrides)]))
+
+
+def _run_training(config: RunConfig, output: Path, resume: bool, again: str) -> None:
+    """Trains and prints the metrics, or how to go on."""
     from xrdfast.evaluation import format_table
     from xrdfast.terminal import training_bar
-    from xrdfast.training.config import load_config
     from xrdfast.training.trainer import Trainer
 
     with training_bar("training") as progress:
-        result = Trainer(load_config(config, overrides), output, resume=resume, progress=progress).run()
+        result = Trainer(config, output, resume=resume, progress=progress).run()
     if os.environ.get("RANK", "0") != "0":
         return
     if result.status == "interrupted":
-        again = " ".join([str(config), "-o", str(output), *(f"--set {x}" for x in overrides)])
-        click.echo(f"interrupted after {result.step} steps; go on: xrdfast train {again} --resume", err=True)
+        click.echo(f"interrupted after {result.step} steps; go on: xrdfast {again} --resume", err=True)
         click.get_current_context().exit(_INTERRUPTED)
     ended = f"{result.status.replace('_', ' ')} after {result.step} steps"
     click.echo(f"{output}: {ended}; on the validation folds:\n\n{format_table(result.metrics)}")
@@ -396,14 +437,24 @@ def evaluate(
 @click.option("--kind", type=click.Choice(["auto", "sticks", "scan"]), default="auto", show_default=True)
 @_wavelength_option
 @click.option(
+    "--scan", type=click.IntRange(0), help="Which one, in a file of several; without it they are listed."
+)
+@click.option(
     "--top", default=5, show_default=True, type=click.IntRange(1, 230), help="Space groups to list."
 )
 @_file_option("--plot", help="Save a plot (.png, .pdf, .svg).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def predict(
-    file: Path, model: Path, kind: str, wavelength: float | None, top: int, plot: Path | None, as_json: bool
+    file: Path,
+    model: Path,
+    kind: str,
+    wavelength: float | None,
+    scan: int | None,
+    top: int,
+    plot: Path | None,
+    as_json: bool,
 ) -> None:
-    """Answers for one pattern (two columns: 2theta, intensity) or one structure (a round trip)."""
+    """Answers for one pattern (an instrument's file, or two columns of text) or one structure (a round trip)."""
     from xrdfast.errors import InputError
     from xrdfast.prediction import SymmetryPredictor
 
@@ -412,7 +463,7 @@ def predict(
             f"{model}: model: must be a run folder or model file (`xrdfast demo` trains one), got none"
         )
     predictor = SymmetryPredictor.load(model)
-    prediction = predictor.predict_file(file, kind=kind, wavelength=wavelength, n_candidates=top)
+    prediction = predictor.predict_file(file, kind=kind, wavelength=wavelength, scan=scan, n_candidates=top)
     if plot is not None:
         from xrdfast.report import save_plot
 

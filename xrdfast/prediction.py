@@ -5,6 +5,7 @@ Not for many patterns at once with known answers (`xrdfast.evaluation`) and not 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from xrdfast.bragg import KA1_WAVELENGTH, Grid, convert_two_theta, radiations, wavelength_of
+from xrdfast.bragg import KA1_WAVELENGTH, Grid, convert_two_theta, doublet_anode, radiations, wavelength_of
 from xrdfast.data.generate import PatternSource
-from xrdfast.data.scans import find_peaks, is_scan, read_two_column
+from xrdfast.data.peaks import find_peaks, is_scan
+from xrdfast.data.scans import read
 from xrdfast.data.store import PatternStore
 from xrdfast.data.structures import PackedStructures, analyse_symmetry, load_structures
 from xrdfast.errors import InputError
@@ -40,8 +42,6 @@ SUPERCLASSES = (
 )
 _BATCH = 128
 _SHOWN_GROUPS = 3  # of an extinction group
-# A stated wavelength this near the weighted mean of a K-alpha doublet means the doublet: 1.5418, 1.54184.
-_SAME_WAVELENGTH = 2e-4
 # A K-alpha 2 satellite: degrees from its computed place, and its share of the K-alpha 1 height (0.5 in
 # theory).
 _SATELLITE_REACH = 0.03
@@ -78,7 +78,7 @@ class Prediction:
             first. They are sums over all 230 groups, so they agree with each other and with the candidates.
         kind: "sticks", "scan" or "structure".
         wavelength: Angstrom, that the angles were read with.
-        wavelength_source: how that is known: "stated", "assumed" or "simulated".
+        wavelength_source: how that is known: "file", "given", "assumed" or "simulated".
         notes: what was done to the pattern, one sentence each.
         pattern: what the model saw.
         true_number: space group of the structure by spglib at 0.1 Angstrom, for a round trip; else 0.
@@ -202,15 +202,22 @@ class SymmetryPredictor:
         return {task: torch.cat([piece[task] for piece in pieces]) for task in pieces[0]}, torch.cat(labels)
 
     def predict_file(
-        self, path: str | Path, *, kind: str = "auto", wavelength: float | None = None, n_candidates: int = 5
+        self,
+        path: str | Path,
+        *,
+        kind: str = "auto",
+        wavelength: float | None = None,
+        scan: int | None = None,
+        n_candidates: int = 5,
     ) -> Prediction:
-        """Answers for a file: two columns of text (lines or a scan), or one structure.
+        """Answers for a file: a measured pattern of any format (lines or a scan), or one structure.
 
         Args:
             path: of the file; .cif, .npz and .safetensors are structures.
             kind: "sticks", "scan", or "auto": equal steps and more than 1,000 points are a scan. Not for
                 structures.
-            wavelength: Angstrom; None where it is not known.
+            wavelength: Angstrom, for a file that states none; None where it is not known.
+            scan: index in a file of several scans.
             n_candidates: length of the ranked list.
 
         Raises:
@@ -221,13 +228,21 @@ class SymmetryPredictor:
             raise ValueError(f"predict_file: kind must be one of {', '.join(KINDS)}, got {kind!r}")
         if Path(path).suffix.lower() in STRUCTURE_SUFFIXES:
             return self._predict_structure_file(path, n_candidates)
-        scan = read_two_column(path)
-        chosen = kind if kind != "auto" else "scan" if is_scan(scan.two_theta) else "sticks"
+        measured = read(path, wavelength=wavelength, scan=scan)
+        chosen = kind if kind != "auto" else "scan" if is_scan(measured.two_theta) else "sticks"
         predict = self.predict_scan if chosen == "scan" else self.predict_sticks
+        known = None  # lines and scans assume their own
+        if measured.wavelength_source != "assumed":  # the mean stands for the doublet
+            known = radiations()[measured.radiation] if measured.is_doublet else measured.wavelength
         try:
-            return predict(scan.two_theta, scan.intensity, wavelength=wavelength, n_candidates=n_candidates)
+            answer = predict(
+                measured.two_theta, measured.intensity, wavelength=known, n_candidates=n_candidates
+            )
         except ValueError as error:
             raise InputError(f"{path}: {error}") from error
+        return dataclasses.replace(
+            answer, wavelength_source=measured.wavelength_source, notes=(*measured.notes, *answer.notes)
+        )
 
     def predict_sticks(
         self,
@@ -249,7 +264,7 @@ class SymmetryPredictor:
             ValueError: for values outside these rules, or no line inside the model's range.
         """
         two_theta, intensity = _checked_lines("predict_sticks", two_theta, intensity)
-        source = "assumed" if wavelength is None else "stated"
+        source = "assumed" if wavelength is None else "given"
         wavelength = self.wavelength if wavelength is None else wavelength_of(wavelength)
         pattern, notes = self._on_axis(two_theta, intensity, wavelength)
         notes = [f"read as a list of {len(two_theta)} lines", *notes]
@@ -278,14 +293,14 @@ class SymmetryPredictor:
             ValueError: for values outside these rules, or no peak inside the model's range.
         """
         two_theta, intensity = np.asarray(two_theta, np.float64), np.asarray(intensity, np.float64)
-        source = "assumed" if wavelength is None else "stated"
+        source = "assumed" if wavelength is None else "given"
         wavelength = radiations()["CuKa"] if wavelength is None else wavelength_of(wavelength)
         place, height = find_peaks(two_theta, intensity)
         notes = [
             f"read as a scan of {len(two_theta)} points; no model is trained on scans yet, so its "
             f"{len(place)} peaks go to a model of lines"
         ]
-        if anode := _doublet_anode(wavelength):
+        if anode := doublet_anode(wavelength):
             wavelength, second = radiations()[f"{anode}Ka1"], radiations()[f"{anode}Ka2"]
             keep = ~_satellites(place, height, wavelength, second)
             notes.append(f"{anode} K-alpha doublet: {int((~keep).sum())} K-alpha 2 satellites left out")
@@ -412,14 +427,6 @@ def _lorentz_polarisation(two_theta: NDArray[np.float64]) -> NDArray[np.float64]
     """(1 + cos^2 2theta) / (sin^2 theta cos theta), no monochromator."""
     theta = np.radians(two_theta / 2.0)
     return (1.0 + np.cos(2.0 * theta) ** 2) / (np.sin(theta) ** 2 * np.cos(theta))
-
-
-def _doublet_anode(wavelength: float) -> str | None:
-    """The anode whose K-alpha mean this is."""
-    for name, mean in radiations().items():
-        if name.endswith("Ka") and math.isclose(wavelength, mean, rel_tol=_SAME_WAVELENGTH):
-            return name.removesuffix("Ka")
-    return None
 
 
 def _satellites(

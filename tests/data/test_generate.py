@@ -297,6 +297,26 @@ def test_b_damps_high_angles(store: PatternStore) -> None:
     assert bool((ratio.diff() < 0).all())
 
 
+def test_measured_patterns(store: PatternStore) -> None:
+    """One seed one batch; without a generator a row of the store looks the same in every batch."""
+    source = PatternSource(store, augment=AugmentConfig(profile="lab"))
+    indices = torch.arange(len(store))
+    first, again, other = (source.batch(indices, generator(seed))[0] for seed in (5, 5, 6))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert bool((first.amax(dim=1) == 100.0).all())
+    still, number = source.batch(indices)
+    assert bool((still.amax(dim=1) == 100.0).all())
+    assert number.tolist() == store.space_group_01.tolist()
+    assert torch.equal(source.batch(indices.flip(0))[0], still.flip(0))
+    sticks, _ = PatternSource(store).batch(indices)
+    assert float((still > 0.0).double().mean()) > 5 * float((sticks > 0.0).double().mean())
+    with pytest.raises(
+        ValueError, match=r"PatternSource: augment.profile must be one of sticks, lab, got 'x'"
+    ):
+        PatternSource(store, augment=AugmentConfig(profile="x"))
+
+
 def test_a_grid_beyond_the_store_is_refused(
     store: PatternStore, crystals: PackedStructures, tmp_path: Path
 ) -> None:

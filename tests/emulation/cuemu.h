@@ -488,6 +488,7 @@ T atomicMax(T* at, T value) {
     return cuemu::atomic_update(at, [=](T old) { return old < value ? value : old; });
 }
 
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
 inline void sincospi(double x, double* sine, double* cosine) {
     const double turn = 3.14159265358979323846 * (x - 2.0 * std::rint(0.5 * x));

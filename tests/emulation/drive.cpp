@@ -4,13 +4,19 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <map>
+#include <numeric>
 #include <random>
 #include <set>
 #include <tuple>
 #include <vector>
 
+#include "dsr_loss.h"
+#include "peak_attention.h"
+#include "peak_conv.h"
 #include "render.h"
+#include "render_patterns.h"
 #include "simulate.h"
 
 using namespace xrdfast;
@@ -227,6 +233,275 @@ void check_sticks(const Found& found, int64_t n_patterns) {
     }
 }
 
+double value_of(double x) { return x; }
+double value_of(float x) { return x; }
+double value_of(Bfloat16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+template <typename S>
+S stored(double x) {
+    return static_cast<S>(x);
+}
+template <>
+Bfloat16 stored<Bfloat16>(double x) {
+    const float value = static_cast<float>(x);
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return {static_cast<uint16_t>(bits >> 16)};
+}
+
+// The first pattern has no active patch, the others one in three.
+template <typename T, typename S>
+void check_attention(int64_t n_patterns, int64_t n, int64_t width, double tolerance) {
+    std::mt19937 random(7);
+    std::normal_distribution<double> normal;
+    const int64_t size = n_patterns * n * width;
+    std::vector<S> query, key, value, grad, output(size), grad_query(size), grad_key(size), grad_value(size);
+    for (auto* x : {&query, &key, &value, &grad})
+        for (int64_t i = 0; i < size; ++i) x->push_back(stored<S>(normal(random)));
+    std::vector<T> logsumexp(n_patterns * n), delta(n_patterns * n);
+    std::vector<char> flag(n_patterns * n);
+    for (int64_t i = n; i < n_patterns * n; ++i) flag[i] = i % 3 == 0;
+    const bool* active = reinterpret_cast<const bool*>(flag.data());
+    const PeakAttentionParams<T, S> forward{query.data(), key.data(), value.data(), active, output.data(),
+                                            logsumexp.data(), n_patterns, n, width};
+    expect(peak_attention_forward_cuda(forward, nullptr) == 0, "peak_attention", 1, 0);
+    const PeakAttentionBackwardParams<T, S> backward{
+        grad.data(), query.data(), key.data(), value.data(), active, output.data(), logsumexp.data(),
+        grad_query.data(), grad_key.data(), grad_value.data(), n_patterns, n, width};
+    expect(peak_attention_backward_cuda(backward, delta.data(), nullptr) == 0, "peak_attention_backward", 1, 0);
+    for (int64_t s = 0; s < n_patterns; ++s) {
+        const int64_t start = s * n * width;
+        const auto dot = [&](const std::vector<S>& a, int64_t i, const std::vector<S>& b, int64_t j) {
+            double sum = 0.0;
+            for (int64_t f = 0; f < width; ++f)
+                sum += value_of(a[start + i * width + f]) * value_of(b[start + j * width + f]);
+            return sum;
+        };
+        std::vector<double> want[4];  // output and gradients to query, key, value
+        for (auto& x : want) x.assign(n * width, 0.0);
+        const double scale = s == 0 ? 0.0 : 1.0 / std::sqrt(static_cast<double>(width));
+        for (int64_t i = 0; i < n; ++i) {
+            std::vector<double> p(n, 0.0);
+            double sum = 0.0, mean = 0.0;
+            for (int64_t j = 0; j < n; ++j)
+                if (s == 0 || active[s * n + j]) sum += p[j] = std::exp(scale * dot(query, i, key, j));
+            expect(std::fabs(logsumexp[s * n + i] - std::log(sum)) <= tolerance, "logsumexp", logsumexp[s * n + i],
+                   std::log(sum));
+            for (int64_t j = 0; j < n; ++j) mean += (p[j] /= sum) * dot(grad, i, value, j);
+            for (int64_t j = 0; j < n; ++j) {
+                const double d = scale * p[j] * (dot(grad, i, value, j) - mean);
+                for (int64_t f = 0; f < width; ++f) {
+                    want[0][i * width + f] += p[j] * value_of(value[start + j * width + f]);
+                    want[1][i * width + f] += d * value_of(key[start + j * width + f]);
+                    want[2][j * width + f] += d * value_of(query[start + i * width + f]);
+                    want[3][j * width + f] += p[j] * value_of(grad[start + i * width + f]);
+                }
+            }
+        }
+        const std::vector<S>* got[4] = {&output, &grad_query, &grad_key, &grad_value};
+        const char* name[4] = {"attention", "gradient to query", "gradient to key", "gradient to value"};
+        for (int x = 0; x < 4; ++x)
+            for (int64_t i = 0; i < n * width; ++i) {
+                const double found = value_of((*got[x])[start + i]);
+                expect(std::fabs(found - want[x][i]) <= tolerance * (1.0 + std::fabs(want[x][i])), name[x], found,
+                       want[x][i]);
+            }
+    }
+}
+
+// Norm, residual, activation and pool of rows, forward and backward, against sums written out.
+void check_norm(int64_t n_rows, int64_t n_channels, bool maximum, bool batch) {
+    std::mt19937 random(9);
+    std::uniform_real_distribution<double> number(-1.0, 1.0);
+    const auto draw = [&](int64_t n) {
+        std::vector<double> x(n);
+        for (double& value : x) value = number(random);
+        return x;
+    };
+    // Pairs of rows make a row; the last of them is blank: it is taken with -1, and by three more rows.
+    const int64_t n_touched = n_rows - 1, n_out = n_touched / 2 + 3;
+    std::vector<int32_t> take(2 * n_out, static_cast<int32_t>(n_rows - 1));
+    for (int64_t j = 0; j < n_touched / 2; ++j) take[j] = static_cast<int32_t>(2 * j), take[n_out + j] = take[j] + 1;
+    take[n_out + n_touched / 2] = -1;
+    std::vector<float> count(n_rows, 1.0f);
+    count[0] = 0.0f, count[n_rows - 1] = 5.0f;
+    const double total = static_cast<double>(n_rows + 3), eps = 1e-5;
+    const std::vector<double> h = draw(n_rows * n_channels), residual = draw(n_rows * n_channels);
+    const std::vector<double> gamma = draw(n_channels), beta = draw(n_channels), grad_out = draw(n_out * n_channels);
+    std::vector<double> mean(n_channels, 0.3), var(n_channels, 0.7), out(n_out * n_channels);
+    std::vector<double> grad_h(h.size()), grad_z(h.size()), grad_gamma(n_channels), grad_beta(n_channels);
+    std::vector<double> sums(2 * kNormParts * n_channels), weights(kNormParts);
+    std::vector<int32_t> taker, taken(n_rows + 1, 0);
+    for (int32_t r = 0; r < n_rows; ++r) {
+        taken[r] = static_cast<int32_t>(taker.size());
+        for (int32_t place = 0; place < 2 * n_out; ++place)
+            if (take[place] == r) taker.push_back(place);
+    }
+    taken[n_rows] = static_cast<int32_t>(taker.size());
+    const PeakNormParams<double> p{h.data(),    residual.data(), gamma.data(), beta.data(), count.data(), take.data(),
+                                   mean.data(), var.data(),      n_rows,       n_out,       n_channels,   n_touched,
+                                   2,           maximum,         batch,        eps,         total};
+    const PeakNormScratch<double> scratch{sums.data(), weights.data(), taker.data(), taken.data()};
+    expect(peak_norm_cuda(p, scratch, out.data(), nullptr) == 0, "peak_norm", 1, 0);
+    const PeakNormGrads<double> grads{grad_out.data(), grad_h.data(), grad_z.data(), grad_gamma.data(),
+                                      grad_beta.data()};
+    expect(peak_norm_backward_cuda(p, scratch, grads, nullptr) == 0, "peak_norm_backward", 1, 0);
+    for (int64_t c = 0; c < n_channels; ++c) {
+        const auto at = [&](int64_t r) { return r * n_channels + c; };
+        double m = mean[c], v = var[c];
+        if (batch) {
+            m = v = 0.0;
+            for (int64_t r = 0; r < n_rows; ++r) m += count[r] * h[at(r)] / total;
+            for (int64_t r = 0; r < n_rows; ++r) v += count[r] * (h[at(r)] - m) * (h[at(r)] - m) / total;
+            expect_close(mean[c], m, 1.0, "mean");
+            expect_close(var[c], v, 1.0, "variance");
+        }
+        const double rstd = 1.0 / std::sqrt(v + eps);
+        const auto z = [&](int64_t r) { return (h[at(r)] - m) * rstd * gamma[c] + beta[c] + residual[at(r)]; };
+        const auto y = [&](int64_t r) { return r < 0 ? 0.0 : z(r) > 0.0 ? z(r) : kNegativeSlope * z(r); };
+        std::vector<double> want(n_rows, 0.0);
+        for (int64_t j = 0; j < n_out; ++j) {
+            const int64_t a = take[j], b = take[n_out + j];
+            expect_close(out[at(j)], maximum ? std::max(y(a), y(b)) : 0.5 * (y(a) + y(b)), 1.0, "normed");
+            const double g = grad_out[at(j)];
+            const bool second = y(b) > y(a);
+            if (a >= 0) want[a] += maximum ? (second ? 0.0 : g) : 0.5 * g;
+            if (b >= 0) want[b] += maximum ? (second ? g : 0.0) : 0.5 * g;
+        }
+        double plain = 0.0, scaled = 0.0;
+        for (int64_t r = 0; r < n_rows; ++r) {
+            want[r] *= z(r) > 0.0 ? 1.0 : kNegativeSlope;
+            expect_close(grad_z[at(r)], want[r], 1.0, "gradient of the argument");
+            if (count[r] == 0.0f) continue;
+            plain += want[r];
+            scaled += want[r] * (h[at(r)] - m) * rstd;
+        }
+        expect_close(grad_beta[c], plain, 10.0, "gradient of beta");
+        expect_close(grad_gamma[c], scaled, 10.0, "gradient of gamma");
+        for (int64_t r = 0; r < n_rows; ++r) {
+            const double common = batch ? (plain + (h[at(r)] - m) * rstd * scaled) / total : 0.0;
+            const double g = count[r] == 0.0f ? 0.0 : gamma[c] * rstd * (want[r] - count[r] * common);
+            expect_close(grad_h[at(r)], g, 10.0, "gradient of h");
+        }
+    }
+}
+
+// Two heads with ties, against softmaxes written out; gradients of the sum of the losses.
+template <typename Element>
+void check_dsr_loss(int64_t n_patterns, double tolerance) {
+    using Real = typename DsrLossParams<Element>::Real;
+    const int head_begin[] = {0, 40, 45}, n_classes = 45;
+    std::mt19937 random(7);
+    std::uniform_int_distribution<int> eighths(-40, 40);  // exact in every type
+    std::vector<Element> logits, previous, ranked(n_patterns * n_classes), grad(n_patterns * n_classes);
+    std::vector<int16_t> order(n_patterns * n_classes);
+    std::vector<Real> loss(2 * n_patterns), ones{1};
+    for (int64_t i = 0; i < n_patterns * n_classes; ++i) {
+        logits.emplace_back(static_cast<Element>(static_cast<Real>(eighths(random)) / 8));
+        previous.emplace_back(static_cast<Element>(static_cast<Real>(eighths(random)) / 8));
+    }
+    DsrLossParams<Element> p{};
+    p.n_patterns = n_patterns, p.n_classes = n_classes, p.n_heads = 2, p.temperature = 2;
+    std::copy_n(head_begin, 3, p.class_offset);
+    p.previous_ranked = previous.data(), p.ranked = ranked.data(), p.order = order.data();
+    p.logits = logits.data(), p.loss = loss.data(), p.grad_loss = ones.data(), p.grad_logits = grad.data();
+    p.previous_stride = p.logits_stride = n_classes;
+    expect(dsr_loss_forward_cuda(p, nullptr) == 0, "dsr_loss_forward", 1, 0);
+    expect(dsr_loss_backward_cuda(p, nullptr) == 0, "dsr_loss_backward", 1, 0);
+    for (int64_t s = 0; s < n_patterns; ++s)
+        for (int head = 0; head < 2; ++head) {
+            const int64_t at = s * n_classes + head_begin[head];
+            const int n = head_begin[head + 1] - head_begin[head];
+            const auto z = [&](int j) { return static_cast<double>(logits[at + j]); };
+            std::vector<int16_t> want(n);
+            std::iota(want.begin(), want.end(), static_cast<int16_t>(0));
+            std::stable_sort(want.begin(), want.end(), [&](int a, int b) { return z(a) < z(b); });
+            double sum_p = 0.0, sum_q = 0.0, divergence = 0.0;
+            for (int j = 0; j < n; ++j) {
+                sum_p += std::exp(z(j) / 2);
+                sum_q += std::exp(static_cast<double>(previous[at + j]) / 2);
+            }
+            for (int j = 0; j < n; ++j) {
+                expect(order[at + j] == want[j], "dsr order", order[at + j], want[j]);
+                expect(static_cast<double>(ranked[at + j]) == z(want[j]), "dsr ranked", ranked[at + j], z(want[j]));
+                const double p_j = std::exp(z(want[j]) / 2) / sum_p;
+                const double q_j = std::exp(static_cast<double>(previous[at + j]) / 2) / sum_q;
+                divergence += q_j * std::log(q_j / p_j);
+                const double got = grad[at + want[j]];
+                expect(std::fabs(got - 2 * (p_j - q_j)) <= tolerance, "dsr gradient", got, 2 * (p_j - q_j));
+            }
+            const double got = loss[2 * s + head];
+            expect(std::fabs(got - 4 * divergence) <= (sizeof(Real) == 8 ? 1e-13 : 1e-5), "dsr loss", got,
+                   4 * divergence);
+        }
+}
+
+// One family a pattern, so that the sum is one profile; every second pattern with noise, of which only rules are checked.
+void check_patterns() {
+    constexpr int64_t kPatterns = 4, kPoints = 333, kPatches = 34;
+    const double step = 0.1, begin = 20.0, wavelength = 1.54056;
+    const std::vector<int64_t> offset{0, 1, 2, 3, 3}, turns{0, 2, 2, 4, 4}, id{5, 6, 7, 8};
+    const std::vector<int16_t> hkl{1, 0, 0, 1, 1, 0, 2, 0, 0}, multiplicity{2, 4, 6};
+    const std::vector<int8_t> rotations{1, 0, 0, 0, 1, 0, 0, 0, 1, -1, 0, 0, 0, -1, 0, 0, 0, 1,
+                                        1, 0, 0, 0, 1, 0, 0, 0, 1, 0,  1, 0, 1, 0,  0, 0, 0, 1};
+    const std::vector<float> f_squared{3.0f, 2.0f, 1.0f};
+    const std::vector<double> b_overall(kPatterns, 0.5);
+    std::vector<double> metric, g2{0.08, 0.16, 0.32};
+    for (int64_t i = 0; i < kPatterns; ++i) metric.insert(metric.end(), {0.08, 0.08, 0.1, 0.0, 0.0, 0.0});
+    ProfileRow row{};
+    row.caglioti_w = 0.04, row.crystallite_size = 800.0, row.eta = 0.6, row.asymmetry = 0.1;
+    row.second_wavelength = 1.54439, row.goniometer_radius = 200.0, row.zero_shift = 0.03, row.march_r = 0.7;
+    row.march_axis[0] = 1.0, row.polarisation = 1.0, row.background[0] = 0.1, row.hump_fwhm = 5.0;
+    row.hump_height = 0.1, row.hump_center = 30.0, row.two_theta_first = 21.0, row.two_theta_last = 180.0;
+    std::vector<ProfileRow> profile(kPatterns, row);
+    profile[1].counts = 500.0, profile[1].second_ratio = 0.5, profile[1].impurity_count = 2.0;
+    profile[1].impurity_strength = 0.2, profile[1].two_theta_last = 50.0;
+    std::vector<float> out(kPatterns * kPoints, -1.0f), peaks(kPatterns * kPoints);
+    std::vector<int32_t> active(kPatterns, -5);
+    std::vector<int16_t> patch(kPatterns * kPatches, -5);
+    std::vector<double> g2_scratch(3), weight(3);
+    std::vector<Line> line(2 * 3 + 2 * kMaxImpurities * kPatterns);
+    const RenderPatternsParams p{offset.data(), hkl.data(), multiplicity.data(), f_squared.data(), metric.data(),
+                                 b_overall.data(), turns.data(), rotations.data(), profile.data(), id.data(),
+                                 out.data(), active.data(), patch.data(), 3, 1, kPatterns, kPoints, 11, 3.0, wavelength,
+                                 begin, step};
+    const RenderPatternsScratch scratch{g2_scratch.data(), weight.data(), line.data(), peaks.data()};
+    expect(render_patterns_cuda(p, scratch, nullptr) == 0, "render_patterns", 1, 0);
+    for (int64_t i = 0; i < kPatterns; ++i) {
+        const float* own = out.data() + i * kPoints;
+        const float strongest = *std::max_element(own, own + kPoints);
+        expect(strongest == (i < 3 ? 100.0f : 0.0f), "strongest point", strongest, 100.0);
+        for (int64_t k = 0; k < 10; ++k) expect(own[k] == 0.0f, "point that was not measured", own[k], 0.0);
+        int32_t n_active = 0;
+        for (int64_t j = 0; j < kPatches; ++j) {
+            const int64_t last = std::min((j + 1) * kPatchPoints, kPoints);
+            if (*std::max_element(own + j * kPatchPoints, own + last) < kActiveIntensity) continue;
+            expect(patch[i * kPatches + n_active] == j, "active patch", patch[i * kPatches + n_active], 1.0 * j);
+            ++n_active;
+        }
+        expect(active[i] == n_active, "active patches", active[i], n_active);
+        for (int64_t j = n_active; j < kPatches; ++j) expect(patch[i * kPatches + j] == -1, "patch", 0, -1);
+        if (i % 2) continue;
+        const double theta = std::asin(0.5 * wavelength * std::sqrt(g2[i])), angle = 360.0 / kPi * theta + 0.03;
+        const double size = 180.0 / kPi * 0.9 * wavelength / (800.0 * std::cos(theta));
+        const double half = 0.5 * std::sqrt(0.04 + size * size), split = 0.1 / std::tan(2.0 * theta);
+        std::vector<double> want(kPoints);
+        for (int64_t k = 10; k < kPoints; ++k) {
+            const double distance = begin + step * static_cast<double>(k) - angle;
+            const double u = distance / (half * (distance <= 0 ? 1.0 + split : 1.0 - split));
+            want[k] = 0.6 * 2.0 / kPi / (1.0 + u * u) + 0.4 * 0.93943727869965133 * std::exp2(-u * u);
+        }
+        const double most = *std::max_element(want.begin(), want.end());
+        for (int64_t k = 10; k < kPoints; ++k)
+            if (own[k] > 0.0f || want[k] > 2e-4 * most)
+                expect(std::fabs(own[k] - want[k] / most * 100.0) <= 2e-3, "profile", own[k], want[k] / most * 100.0);
+    }
+}
+
 }  // namespace
 
 int main(int count, char** values) {
@@ -241,5 +516,21 @@ int main(int count, char** values) {
         check_sticks(found, all.n);
         std::printf("%lld reflections\n", static_cast<long long>(found.offset.back()));
     }
+    for (const int64_t width : {8, 40, 64}) {  // one, two and four threads a row
+        check_attention<float, float>(2, 37, width, 1e-5);
+        check_attention<double, double>(2, 37, width, 1e-12);
+    }
+    check_attention<float, float>(2, 131, 32, 1e-5);  // two tiles of rows, five of shared memory
+    check_attention<float, Bfloat16>(2, 37, 32, 3e-2);
+#if defined(__SANITIZE_THREAD__)  // making a fiber takes a hundred times as long there
+    check_norm(41, 5, true, true);
+#else
+    for (const bool batch : {false, true})
+        for (const bool maximum : {false, true}) check_norm(41, 35, maximum, batch);
+#endif
+    check_dsr_loss<float>(all.n, 1e-6);
+    check_dsr_loss<double>(all.n, 1e-14);
+    check_dsr_loss<BFloat16>(all.n, 2e-3);
+    check_patterns();
     return n_wrong ? 1 : 0;
 }

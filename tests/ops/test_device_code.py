@@ -11,7 +11,6 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -26,18 +25,6 @@ from xrdfast.ops.simulate import Families, Lines, simulate_families, simulate_li
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TURN = torch.tensor([[-1, 0, 0], [0, -1, 0], [0, 0, 1]], dtype=torch.int8)  # two-fold axis along c
-
-
-@pytest.fixture(scope="module")
-def emulated() -> ModuleType:
-    return _native._load("_emu", _native.build_module("_emu", emulator=ROOT / "tests" / "emulation"))
-
-
-@pytest.fixture(params=["0", "1", "7"])
-def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Threads run forward, backward, or shuffled between barriers."""
-    monkeypatch.setenv("CUEMU_ORDER", request.param)
-    return request.param
 
 
 def structures() -> PackedStructures:

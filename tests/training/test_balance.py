@@ -209,12 +209,12 @@ def test_numbers_that_are_not_finite(method, bad):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: min_norm_weights(torch.eye(5)), r"min_norm_weights: gram must be \(\.\.\., T, T\)"),
+        (lambda: min_norm_weights(torch.eye(6)), r"min_norm_weights: gram must be \(\.\.\., T, T\)"),
         (lambda: min_norm_weights(torch.ones(3)), "min_norm_weights: gram must be"),
         (lambda: mgda_weights(torch.ones(3), torch.ones(3, 2)), "mgda_weights: gram must be"),
         (lambda: mgda_weights(torch.ones(2), torch.eye(3)), r"losses must be \(3,\) as gram, got \(2,\)"),
         (lambda: Balance("pcgrad", 4), "method must be one of mgda, mgda_ema, sum, got 'pcgrad'"),
-        (lambda: Balance("mgda", 5), "n_tasks must be 1 to 4, got 5"),
+        (lambda: Balance("mgda", 6), "n_tasks must be 1 to 5, got 6"),
         (
             lambda: Balance("mgda", 3).load_state_dict(Balance("mgda", 4).state_dict()),
             r"must be \(3,\), got \(4,\)",

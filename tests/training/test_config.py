@@ -83,6 +83,7 @@ def test_a_file_and_overrides(tmp_path: Path) -> None:
         ("train", {"zzz": 1}, "train.zzz: must be a known key, got zzz"),
         ("augment", {"strain": 0.5}, r"augment.strain: must be in \[0, 0.02\], got 0.5"),
         ("augment", {"b_max": -2}, "augment.b_max: must be >= 0, got -2.0"),
+        ("augment", {"profile": "x"}, 'augment.profile: must be one of sticks, lab, got "x"'),
         ("data", {"folds_validation": []}, r"data.folds_validation: must be folds in 0..9, got \[\]"),
         ("data", {"folds_validation": [10]}, "data.folds_validation: must be folds in 0..9"),
         ("data", {"folds_validation": ["a"]}, "data.folds_validation: must be a whole number"),

@@ -34,19 +34,20 @@ class TinyEncoder(nn.Module):
         self.n_features = 24
         self.norm = nn.BatchNorm1d(170) if noisy else nn.LayerNorm(170)
         self.dropout = nn.Dropout(0.2 if noisy else 0.0)
+        self.map = nn.Unflatten(1, (5, 34))  # what an auxiliary classifier may read
         self.layer = nn.Linear(170, self.n_features)
 
     def forward(self, intensity: Tensor) -> Tensor:
         pooled = torch.log1p(intensity).unflatten(1, (170, 50)).sum(2)
-        return torch.relu(self.layer(self.dropout(self.norm(pooled))))
+        return torch.relu(self.layer(self.dropout(self.map(self.norm(pooled)).flatten(1))))
 
 
 def presets() -> dict[str, ModelConfig]:
     """`tiny` (no randomness), `tiny_noisy` (batch norm, dropout), `tiny_single` (space groups alone)."""
     every = dict.fromkeys(TASKS, ())
     return {
-        "tiny": ModelConfig("tiny", lambda: TinyEncoder(False), every, "for tests"),
-        "tiny_noisy": ModelConfig("tiny_noisy", lambda: TinyEncoder(True), every, "for tests"),
+        "tiny": ModelConfig("tiny", lambda: TinyEncoder(False), every, "for tests", "encoder.map"),
+        "tiny_noisy": ModelConfig("tiny_noisy", lambda: TinyEncoder(True), every, "for tests", "encoder.map"),
         "tiny_single": ModelConfig(
             "tiny_single", lambda: TinyEncoder(False), {"space_group": ()}, "for tests"
         ),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from xrdfast.data.cif_syntax import column_of, numbers_of, parse_blocks, text_of
 from xrdfast.data.structures import PackedStructures, Rejected, from_arrays
 from xrdfast.errors import InputError
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from gemmi.cif import Block
 
 _MAX_BYTES = 64 << 20
-_MAX_BLOCKS = 1000
 _MAX_SITES = 20_000  # of one cell, after expansion
 _MAX_OPERATOR = 200  # characters
 _MAX_OPERATORS = 1024  # 192 in the largest conventional cell; more in a supercell that lists its translations
@@ -46,14 +46,6 @@ _HERMANN_MAUGUIN = (
 )
 _NUMBER = ("_space_group_IT_number", "_symmetry_Int_Tables_number")
 
-# An unquoted symbol of several words, and a block name that is no single word: programs write them, the
-# grammar has neither.
-_UNQUOTED_NAME = re.compile(
-    rb"^([ \t]*_(?:symmetry_)?space_group_name_(?:H-M(?:_alt|_full)?|Hall)[ \t]+)"
-    rb"([^\s'\"#;_][^\r\n'\"#_]*?)[ \t]*$",
-    re.MULTILINE | re.IGNORECASE,
-)
-_SPACED_BLOCK = re.compile(rb"^([ \t]*data_)[ \t]+([^\r\n_'\"]*?)[ \t]*$", re.MULTILINE | re.IGNORECASE)
 _TYPE_SYMBOL = re.compile(r"([A-Za-z]{1,2})(?:\d*\.?\d*[+-]|[+-]?\d+\.?\d*|\(.*\))?")
 # Symbols that labels in capitals mean as one element although the first letter is one too.
 _CAPITAL_SYMBOLS = (
@@ -112,7 +104,7 @@ def read_cif(path: str | Path) -> tuple[PackedStructures, list[Rejected]]:
     """
     path = Path(path)
     blocks = _read_blocks(path)
-    with_atoms = [block for block in blocks if _column(block, "_atom_site_fract_x")]
+    with_atoms = [block for block in blocks if column_of(block, "_atom_site_fract_x")]
     lattices, atoms, ids, families, numbers, rejected = [], [], [], [], [], []
     for block in blocks:
         alone = len(with_atoms) == 1 and block is with_atoms[0]
@@ -125,42 +117,28 @@ def read_cif(path: str | Path) -> tuple[PackedStructures, list[Rejected]]:
         lattices.append(lattice)
         atoms.append((sites.atomic_number, sites.fractional, sites.occupancy, sites.b_iso))
         ids.append(name)
-        families.append(_text(block, "_chemical_name_mineral").strip().lower())
+        families.append(text_of(block, "_chemical_name_mineral").strip().lower())
         numbers.append(number)
     return from_arrays(lattices, atoms, ids, family=families, space_group_published=numbers), rejected
 
 
 def _read_blocks(path: Path) -> list[Block]:
-    from gemmi import cif
-
     try:
         size = path.stat().st_size
         if size > _MAX_BYTES:
             raise InputError(f"{path}: size: must be at most {_MAX_BYTES} bytes, got {size}")
-        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        data = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: file: must be readable, got {error.strerror or error}") from error
-    if b"\0" in data:
-        raise InputError(f"{path}: file: must be text, got a NUL byte at {data.index(0)}")
-    text = data.decode("utf-8", "replace").encode()
     try:
-        document = cif.read_string(text, check_level=0)
-    except (ValueError, RuntimeError):
-        text = _UNQUOTED_NAME.sub(rb"\1'\2'", text)
-        text = _SPACED_BLOCK.sub(lambda match: match[1] + b"_".join(match[2].split()), text)
-        try:
-            document = cif.read_string(text, check_level=0)
-        except (ValueError, RuntimeError) as error:
-            what = " ".join(str(error).split())[:200]
-            raise InputError(f"{path}: file: must follow the CIF grammar, got {what}") from error
-    if not 0 < len(document) <= _MAX_BLOCKS:
-        raise InputError(f"{path}: blocks: must be 1..{_MAX_BLOCKS}, got {len(document)}")
-    return list(document)
+        return parse_blocks(data)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def _read_block(block: Block) -> tuple[NDArray[np.float64], _Sites, int]:
     """Lattice (3, 3), the atoms of the whole cell, and the stated space-group number (0 where none)."""
-    if not _column(block, "_atom_site_fract_x"):
+    if not column_of(block, "_atom_site_fract_x"):
         raise InputError("atoms: must be listed with fractional coordinates, got none")
     lattice, gamma = _lattice(block)
     sites = _sites(block, lattice)
@@ -189,21 +167,21 @@ def _lattice(block: Block) -> tuple[NDArray[np.float64], float]:
 
 def _sites(block: Block, lattice: NDArray[np.float64]) -> _Sites:
     """The listed sites."""
-    coordinates = [_column(block, f"_atom_site_fract_{axis}") for axis in "xyz"]
+    coordinates = [column_of(block, f"_atom_site_fract_{axis}") for axis in "xyz"]
     n = len(coordinates[0])
     if n > _MAX_SITES:
         raise InputError(f"atoms: must be at most {_MAX_SITES}, got {n} listed")
     if any(len(column) != n for column in coordinates):
         raise InputError("atoms: must have three coordinates, got columns of different length")
-    fractional = np.array([_numbers(column) for column in coordinates]).T
-    labels = _column(block, "_atom_site_label") or [""] * n
-    types = _column(block, "_atom_site_type_symbol") or [""] * n
+    fractional = np.array([numbers_of(column) for column in coordinates]).T
+    labels = column_of(block, "_atom_site_label") or [""] * n
+    types = column_of(block, "_atom_site_type_symbol") or [""] * n
     names = [label or f"site {row}" for row, label in enumerate(labels, 1)]
     for row in np.flatnonzero(~(np.abs(fractional) < 1000.0).all(1))[:1]:
         got = " ".join(column[row] or "?" for column in coordinates)[:100]
         raise InputError(f"{names[row]}: coordinates: must be finite, below 1000, got {got}")
     kinds = {key: _atomic_number(*key) for key in set(zip(types, labels, strict=True))}
-    occupancy = _numbers(_column(block, "_atom_site_occupancy") or [""] * n, 1.0)
+    occupancy = numbers_of(column_of(block, "_atom_site_occupancy") or [""] * n, 1.0)
     for row in np.flatnonzero(~((occupancy >= 0.0) & (occupancy <= _FULL_OCCUPANCY)))[:1]:
         raise InputError(f"{names[row]}: occupancy: must be in 0..{_FULL_OCCUPANCY}, got {occupancy[row]:g}")
     return _Sites(
@@ -246,20 +224,20 @@ def _b_iso(block: Block, labels: list[str], lattice: NDArray[np.float64]) -> NDA
         ("_atom_site_U_iso", _U_TO_B),
         ("_atom_site_B_iso", 1.0),
     ):
-        if len(column := _column(block, tag)) == n:
-            b = np.where(np.isfinite(b), b, factor * _numbers(column))
+        if len(column := column_of(block, tag)) == n:
+            b = np.where(np.isfinite(b), b, factor * numbers_of(column))
     missing = np.flatnonzero(~np.isfinite(b))
-    names = _column(block, "_atom_site_aniso_label") if len(missing) else []
+    names = column_of(block, "_atom_site_aniso_label") if len(missing) else []
     # U_equiv = 1/3 sum_ij U_ij |a*_i| |a*_j| a_i . a_j
     metric = lattice @ lattice.T
     reciprocal = np.sqrt(np.diag(np.linalg.inv(metric)))
     weight = metric * np.outer(reciprocal, reciprocal) / 3.0
     for kind, factor in (("U", _U_TO_B), ("B", 1.0)):
         pairs = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))
-        columns = [_column(block, f"_atom_site_aniso_{kind}_{i + 1}{j + 1}") for i, j in pairs]
+        columns = [column_of(block, f"_atom_site_aniso_{kind}_{i + 1}{j + 1}") for i, j in pairs]
         if not names or any(len(column) != len(names) for column in columns):
             continue
-        tensor = np.array([_numbers(column) for column in columns])
+        tensor = np.array([numbers_of(column) for column in columns])
         weights = [(1 if i == j else 2) * weight[i, j] for i, j in pairs]
         mean = dict(zip(names, factor * (weights @ tensor), strict=True))
         b[missing] = [mean.get(labels[row], math.nan) for row in missing]
@@ -272,17 +250,17 @@ def _stated_group(block: Block, gamma: float) -> tuple[GroupOps | None, int]:
     import gemmi
 
     group = operators = None
-    if hall := _text(block, *_HALL).rstrip("\"' "):
+    if hall := text_of(block, *_HALL).rstrip("\"' "):
         try:
             operators = gemmi.symops_from_hall(hall)
             group = gemmi.find_spacegroup_by_ops(operators)
         except (ValueError, RuntimeError):
             operators = None  # the Hermann-Mauguin symbol may be better
-    name = re.sub(r"[()]", "", _text(block, *_HERMANN_MAUGUIN)).strip()
+    name = re.sub(r"[()]", "", text_of(block, *_HERMANN_MAUGUIN)).strip()
     # ICSD writes the origin as a letter after the name
     name = re.sub(r" S$", ":1", re.sub(r" Z$", ":2", name))
     group = group or (gemmi.find_spacegroup_by_name(name, 90.0, gamma) if name else None)
-    stated = next((text for tag in _NUMBER if (text := _text(block, tag))), "")
+    stated = next((text for tag in _NUMBER if (text := text_of(block, tag))), "")
     number = int(stated) if re.fullmatch(r"\d{1,3}", stated) and 1 <= int(stated) <= 230 else 0
     if number and not (group or name or hall):
         group = gemmi.find_spacegroup_by_number(number)
@@ -295,7 +273,7 @@ def _operators(block: Block, stated: GroupOps | None) -> tuple[NDArray[np.float6
     """Distinct (n, 3, 3) rotations and (n, 3) translations on fractional columns."""
     import gemmi
 
-    listed = next((column for tag in _OPERATORS if (column := _column(block, tag))), [])
+    listed = next((column for tag in _OPERATORS if (column := column_of(block, tag))), [])
     if len(listed) > _MAX_OPERATORS:
         raise InputError(f"symmetry operators: must be at most {_MAX_OPERATORS}, got {len(listed)}")
     if listed:
@@ -303,7 +281,7 @@ def _operators(block: Block, stated: GroupOps | None) -> tuple[NDArray[np.float6
     elif stated is not None:
         parsed = np.array([np.c_[op.rot, op.tran] for op in stated]) / gemmi.Op.DEN
     else:
-        got = _text(block, *_HERMANN_MAUGUIN) or _text(block, *_HALL) or "none"
+        got = text_of(block, *_HERMANN_MAUGUIN) or text_of(block, *_HALL) or "none"
         raise InputError(f"symmetry: must be operators or a known space-group symbol, got {got[:60]!r}")
     parsed[:, :, 3] %= 1.0
     _, first = np.unique(np.round(parsed.reshape(len(parsed), -1), 3), axis=0, return_index=True)
@@ -408,27 +386,9 @@ def _same_places(
             return first
 
 
-def _column(block: Block, tag: str) -> list[str]:
-    """Values of a tag, in a loop or alone, unquoted, `?` and `.` empty; none where the tag is not there."""
-    from gemmi import cif
-
-    return [cif.as_string(value).strip() for value in block.find_values(tag)]
-
-
-def _text(block: Block, *tags: str) -> str:
-    return next((column[0] for tag in tags if (column := _column(block, tag)) and column[0]), "")
-
-
-def _numbers(column: list[str], default: float = math.nan) -> NDArray[np.float64]:
-    """(n,) values without their uncertainties in brackets; the default where empty, NaN for no number."""
-    from gemmi import cif
-
-    return np.array([cif.as_number(text) if text else default for text in column], dtype=np.float64)
-
-
 def _number(block: Block, tag: str, default: float | None) -> float:
-    text = _text(block, tag)
-    value = float(_numbers([text], math.nan if default is None else default)[0])
+    text = text_of(block, tag)
+    value = float(numbers_of([text], math.nan if default is None else default)[0])
     if not math.isfinite(value):
         raise InputError(f"{tag}: must be a finite number, got {text or 'none'!r}")
     return value

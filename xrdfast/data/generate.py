@@ -20,9 +20,11 @@ from torch import Generator, Tensor
 
 from xrdfast.bragg import Grid
 from xrdfast.data.folds import assign_folds
+from xrdfast.data.profiles import PROFILES, draw_profiles, typical_profiles
 from xrdfast.data.store import PatternStore, SimulationConfig, StoreWriter
 from xrdfast.data.structures import PackedStructures, Rejected
 from xrdfast.ops.render import render_sticks
+from xrdfast.ops.render_patterns import render_patterns
 from xrdfast.ops.simulate import STATUS_REASONS, simulate_families
 
 # Reflections of a chunk at most (one structure may exceed it alone): about 30 bytes each while they are
@@ -38,10 +40,13 @@ class AugmentConfig:
         strain: standard deviation of the diagonal elements of the lattice strain, before it is projected onto
             the strains that keep the symmetry.
         b_max: overall displacement parameters B are drawn from U(0, b_max), Angstrom^2.
+        profile: "sticks", or the name of a configuration in `xrdfast.data.profiles.PROFILES`: patterns as measured,
+            with profiles, background and noise.
     """
 
     strain: float = 0.01
     b_max: float = 2.0
+    profile: str = "sticks"
 
 
 def generate_store(
@@ -100,8 +105,10 @@ def generate_store(
 class PatternSource:
     """Renders batches of patterns from a store.
 
-    With a generator each pattern gets a lattice strain that keeps its symmetry and an overall B of its own;
-    without one it is rendered as simulated (B = 0, and the metric made exactly symmetric).
+    With a generator each pattern gets a lattice strain that keeps its symmetry, an overall B and, unless patterns are
+    sticks, a measurement and counting noise of its own. Without one the metric is only made exactly symmetric; sticks
+    have B = 0, measured patterns the middle of every range (`typical_profiles`, B = b_max / 2) and noise that depends
+    on nothing but the row of the store.
 
     Args:
         store: where the families come from.
@@ -109,7 +116,7 @@ class PatternSource:
         augment: what is drawn per pattern.
 
     Raises:
-        ValueError: for an axis that reaches beyond the angles the store was simulated for.
+        ValueError: for an axis that reaches beyond the angles the store was simulated for, or an unknown profile.
     """
 
     def __init__(
@@ -124,38 +131,49 @@ class PatternSource:
                 f"PatternSource: grid must lie in {simulated[0]}..{simulated[1]} degrees, "
                 f"got {self.grid.two_theta_min}..{self.grid.two_theta_max}"
             )
+        if self.augment.profile not in ("sticks", *PROFILES):
+            raise ValueError(
+                f"PatternSource: augment.profile must be one of sticks, {', '.join(PROFILES)}, "
+                f"got {self.augment.profile!r}"
+            )
 
     def batch(self, indices: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """Patterns and labels.
 
         Args:
             indices: (n_patterns,) int64 rows of the store.
-            generator: source of the strains and B, in this order, so that one seed gives one batch; None
-                renders without augmentation.
+            generator: source of strains, B and measurements, in this order, so that one seed gives one batch;
+                None renders without augmentation.
 
         Returns:
             intensity (n_patterns, n_points) float32, maximum 100; space_group_number (n_patterns,) int64.
         """
         families = self.store.gather(indices)
-        n_patterns = len(families)
-        strain, b_overall = None, torch.zeros(n_patterns, dtype=torch.float64)
-        if generator is not None:
+        n_patterns, sticks = len(families), self.augment.profile == "sticks"
+        if generator is None:
+            strain = None
+            b_overall = torch.full(
+                (n_patterns,), 0.0 if sticks else 0.5 * self.augment.b_max, dtype=torch.float64
+            )
+        else:
             strain = draw_strain(n_patterns, self.augment.strain, generator)
             b_overall = self.augment.b_max * torch.rand(n_patterns, generator=generator, dtype=torch.float64)
         metric = strained_reciprocal_metric(
             families.lattice, families.rotation_offset, families.rotations, strain
         )
-        intensity = render_sticks(
-            families.offset,
-            families.hkl,
-            families.multiplicity,
-            families.f_squared,
-            metric,
-            b_overall,
-            wavelength=self.store.simulation.wavelength,
-            grid=self.grid,
-        )
-        return intensity, families.space_group_number
+        rows = (families.offset, families.hkl, families.multiplicity, families.f_squared, metric, b_overall)
+        axis = {"wavelength": self.store.simulation.wavelength, "grid": self.grid}
+        if sticks:
+            return render_sticks(*rows, **axis), families.space_group_number
+        config = PROFILES[self.augment.profile]
+        if generator is None:
+            profile, pattern_id, seed = typical_profiles(n_patterns, config), indices.long(), 0
+        else:
+            profile, pattern_id = draw_profiles(n_patterns, config, generator), torch.arange(n_patterns)
+            seed = int(torch.randint(2**62, (), generator=generator))
+        turns = families.rotation_offset, families.rotations
+        rendered = render_patterns(*rows, *turns, profile, pattern_id, seed=seed, **axis)
+        return rendered.intensity, families.space_group_number
 
 
 def draw_strain(n_patterns: int, sigma: float, generator: Generator) -> Tensor:

@@ -1,9 +1,11 @@
-"""Measured patterns as two columns of text, and the peaks of a scan. Not for instrument formats."""
+"""Measured patterns from files: `read` for every format, one result. Not for finding peaks (`xrdfast.data.peaks`).
+
+How a format is told and read is in `xrdfast.data.formats`; what a scan must be, and where its wavelength comes
+from, is here.
+"""
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,21 +13,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from xrdfast.bragg import Radiation, radiation_of
+from xrdfast.data.formats import COLUMNS, read_scans, refusal
+from xrdfast.data.formats.bounded import decompress, read_bytes
+from xrdfast.data.formats.measured import Measured
+from xrdfast.data.peaks import is_scan
 from xrdfast.errors import InputError
 
-_MAX_BYTES = 200_000_000
-_MAX_POINTS = 10_000_000
-_MAX_LINE = 1000  # characters of a point; a longer line is text
-_SCAN_POINTS = 1000  # a list of more equally spaced points than this is a scan
 _DIP = 0.05  # of the maximum: a background-corrected scan goes this far below zero
-_COMMENT = ("#", "!", "*", "%", "/", "'", ";")
-
-_BACKGROUND_WIDTH = 1.0  # degrees, half window of the background: wider than any sharp peak's foot
-_SMOOTHING_WIDTH = 0.08  # degrees, about the width of a laboratory peak
-_NOISE_WIDTH = 2.0  # degrees over which noise counts as constant
-_MIN_HEIGHT = 0.002  # of the strongest peak: below lie the ripples of a scan without noise
-_DIFFERENCE = 0.6744897501960817 * math.sqrt(2.0)  # median |x1 - x2| of normal values with deviation 1
-_MAX_WINDOW = 2001  # points of any window, so that the finest scan stays cheap
+_ASSUMED = "CuKa"
+_LISTED = 8  # scans that a message names
 
 
 @dataclass(frozen=True)
@@ -36,277 +33,181 @@ class Scan:
         two_theta: (n_points,) float64, degrees, strictly rising.
         intensity: (n_points,) float64, >= 0, in the file's unit.
         path: of the file.
+        wavelength: Angstrom; of K-alpha 1 for a doublet.
+        wavelength_source: "file", "given" or "assumed".
+        radiation: "CuKa" for both K-alpha lines, "CuKa1" for the first alone, "" for any other.
+        format: as recognised from the content, such as "Bruker RAW".
+        scan: index of the scan in the file, from 0.
+        n_scans: of the file.
+        title: as the file has it; may be empty.
+        notes: what was done that the file does not say, one sentence each.
     """
 
     two_theta: NDArray[np.float64]
     intensity: NDArray[np.float64]
     path: str
+    wavelength: float
+    wavelength_source: str
+    radiation: str = ""
+    format: str = COLUMNS
+    scan: int = 0
+    n_scans: int = 1
+    title: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_doublet(self) -> bool:
+        """Whether both K-alpha lines were there: every peak has its satellite."""
+        return Radiation(self.wavelength, self.radiation).is_doublet
 
 
-def read_two_column(path: str | Path) -> Scan:
-    """Reads 2theta and intensity from text: .xy, .xye, .csv, .txt, .dat and the like.
+def read(path: str | Path, *, wavelength: str | float | None = None, scan: int | None = None) -> Scan:
+    r"""Reads a measured powder pattern, whatever instrument wrote it.
 
-    One point a line, 2theta in degrees, intensity, and perhaps an error, which is not kept. Columns are
-    separated by spaces, tabs, commas or semicolons; with semicolons or tabs, a comma is a decimal point.
-    Blank lines, lines that begin with one of `# ! * % / ' ;`, and a text header are passed over. The
-    intensities of a list of lines are >= 0; a scan (`is_scan`) may dip to -5 % of its maximum, and is
-    clipped to 0.
+    PANalytical XRDML; Bruker RAW 1 to 4, UXD and BRML; Rigaku RAS and RASX; STOE RAW; GSAS; powder CIF; text with
+    a start, a step and counts; two or three columns of text. The content tells the format, not the name; a .gz or
+    .bz2 is opened first. Intensities are as in the file, multiplied by attenuation factors it lists; those of a
+    list of lines are >= 0, and a scan (`is_scan`) may dip to -5 % of its maximum and is clipped to 0. Points at or
+    below 0 degrees, which a detector that crosses the beam has, are left out.
+
+    The wavelength is the file's; else the one given; else copper K-alpha is assumed. `wavelength_source` says
+    which. A stated weighted mean, such as 1.5418, means the doublet.
 
     Args:
-        path: UTF-8 text of at most 200 MB and 10 million points.
+        path: a regular file of at most 64 MB, unpacked too.
+        wavelength: Angstrom, or a name such as "CoKa", for a file that states none.
+        scan: index, from 0, in a file of several; needed there.
 
     Raises:
-        InputError: for a file that breaks a rule, with the line.
-    """
-    path = Path(path)
-    points, lines = _read_points(path)
-    two_theta, intensity = points[:, 0].copy(), points[:, 1].copy()
-
-    def refuse(bad: NDArray[np.bool_], field: str, rule: str, values: NDArray[np.float64]) -> None:
-        if bad.any():
-            row = int(np.argmax(bad))
-            raise InputError(f"{path}: line {lines[row]}: {field} must be {rule}, got {values[row]:.10g}")
-
-    refuse(~np.isfinite(two_theta), "two_theta", "finite", two_theta)
-    refuse(~np.isfinite(intensity), "intensity", "finite", intensity)
-    refuse(~((two_theta > 0.0) & (two_theta < 180.0)), "two_theta", "between 0 and 180 degrees", two_theta)
-    refuse(np.diff(two_theta, prepend=-1.0) <= 0.0, "two_theta", "above that of the line before", two_theta)
-    maximum = float(intensity.max())
-    if maximum <= 0.0:
-        raise InputError(f"{path}: intensity: must be positive somewhere, got a maximum of {maximum:g}")
-    if is_scan(two_theta):
-        refuse(
-            intensity < -_DIP * maximum, "intensity", "at least -5 % of the maximum of the scan", intensity
-        )
-        intensity = np.maximum(intensity, 0.0)
-    else:
-        refuse(intensity < 0.0, "intensity", ">= 0 in a list of lines", intensity)
-    return Scan(two_theta, intensity, str(path))
-
-
-def is_scan(two_theta: NDArray[np.float64]) -> bool:
-    """Whether rising angles are those of a scan: more than 1,000, equally spaced to half a step.
-
-    Half a step because files round their angles, and a list of lines is off by many of its mean steps.
-
-    Args:
-        two_theta: (n_points,) degrees.
-    """
-    n = len(two_theta)
-    if n <= _SCAN_POINTS:
-        return False
-    even = np.linspace(two_theta[0], two_theta[-1], n)
-    return bool(np.abs(two_theta - even).max() <= 0.5 * (even[1] - even[0]))
-
-
-def find_peaks(
-    two_theta: NDArray[np.float64], intensity: NDArray[np.float64], *, threshold: float = 5.0
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Peaks of a scan, above its background and noise.
-
-    Background: clipping of peaks in growing windows, to 1 degree (SNIP), on the scale of log log sqrt.
-    Smoothing: local parabolas over the width of the strongest peak, at most 0.08 degrees. Noise: median
-    absolute difference of smoothed points one such window apart, over 2 degrees. A peak stands out of the
-    background and of its valleys by `threshold` times the noise, and by 0.2 % of the strongest; its place is
-    the top of a parabola, so between points. K-alpha 2 lines that stand apart are peaks of their own.
-
-    Args:
-        two_theta: (n_points,) degrees, rising, equally spaced.
-        intensity: (n_points,), finite.
-        threshold: standard deviations, > 0.
-
-    Returns:
-        two_theta (n_peaks,) rising, and height (n_peaks,) over the background, the strongest = 100.
-
-    Raises:
-        ValueError: for arrays of other shapes or values.
-
-    Source:
-        Ryan et al., Nucl. Instrum. Methods B34, 396 (1988): SNIP.
-        Savitzky & Golay, Anal. Chem. 36, 1627 (1964): smoothing.
+        InputError: for a file that breaks a rule, in one line: `file: field: rule, got what`. Of a file of several
+            scans where none is chosen, the line lists them.
+        ValueError: for a wavelength that is no wavelength.
 
     Example:
-        >>> x = np.arange(10.0, 30.0, 0.01)
-        >>> place, height = find_peaks(x, 50.0 + 900.0 * np.exp(-(((x - 20.003) / 0.05) ** 2)))
-        >>> [round(float(value), 3) for value in place], height
-        ([20.003], array([100.]))
+        >>> path = getfixture("tmp_path") / "quartz.xy"
+        >>> _ = path.write_text("# wavelength 0.7\n20.8 21\n26.6 100\n")
+        >>> found = read(path)
+        >>> found.two_theta.tolist(), found.wavelength, found.wavelength_source
+        ([20.8, 26.6], 0.7, 'file')
     """
-    two_theta, intensity = np.asarray(two_theta, np.float64), np.asarray(intensity, np.float64)
-    n = len(two_theta)
-    if two_theta.ndim != 1 or two_theta.shape != intensity.shape:
-        got = f"{two_theta.shape} and {intensity.shape}"
-        raise ValueError(f"find_peaks: intensity must be of the shape of two_theta, (n_points,), got {got}")
-    if not (np.isfinite(two_theta).all() and (np.diff(two_theta) > 0.0).all()):
-        raise ValueError("find_peaks: two_theta must be finite and rising, got other values")
-    if not np.isfinite(intensity).all():
-        raise ValueError("find_peaks: intensity must be finite, got NaN or infinity")
-    if not threshold > 0.0:
-        raise ValueError(f"find_peaks: threshold must be > 0, got {threshold}")
-    if n < 5 or intensity.max() == intensity.min():
-        return np.zeros(0), np.zeros(0)
-    step = (two_theta[-1] - two_theta[0]) / (n - 1)
-    half = min(round(0.5 * _SMOOTHING_WIDTH / step), _strongest_width(intensity) // 2, _MAX_WINDOW // 2)
-    half = min(max(1, half), (n - 1) // 2)
-    smooth = _smooth(intensity, half)
-    block = max(32, round(_NOISE_WIDTH / step))
-    # a window apart, so that noise a detector has smoothed already counts in full
-    apart = min(2 * half + 1, n - 1)
-    noise = _local_median(np.abs(smooth[apart:] - smooth[:-apart]), block, n) / _DIFFERENCE
-    net = smooth - _background(smooth, min(max(2, round(_BACKGROUND_WIDTH / step)), _MAX_WINDOW // 2))
-    # clipped under the valleys of the noise, the background lies too low by up to three deviations
-    net -= np.clip(_local_median(net, block, n), 0.0, 3.0 * noise)
-    top, prominence = _maxima(net)
-    strong = (prominence > threshold * noise[top]) & (net[top] > threshold * noise[top])
-    strong &= prominence > _MIN_HEIGHT * net.max()
-    strong &= (top >= half) & (top < n - half)  # nearer to an end, the smoothing invents points
-    top = top[strong]
-    if len(top) == 0:
-        return np.zeros(0), np.zeros(0)
-    reach = np.minimum(max(1, half // 2), np.minimum(top, n - 1 - top))
-    left, middle, right = net[top - reach], net[top], net[top + reach]
-    bend = left - 2.0 * middle + right
-    offset = np.where(bend < 0.0, 0.5 * (left - right) / np.where(bend < 0.0, bend, 1.0), 0.0)
-    offset = np.clip(offset, -1.0, 1.0)
-    height = middle - 0.25 * (left - right) * offset
-    # interpolated, so that angles rounded by their file, or a reach cut at an end, cost nothing
-    place = np.interp(top + offset * reach, np.arange(n), two_theta)
-    order = np.argsort(place, kind="stable")
-    return place[order], 100.0 * (height / height.max())[order]
-
-
-def _read_points(path: Path) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """(n, 2) values and (n,) line numbers."""
+    given = None if wavelength is None else radiation_of(wavelength)
     try:
-        if (size := path.stat().st_size) > _MAX_BYTES:
-            raise InputError(f"{path}: size: must be at most {_MAX_BYTES} bytes, got {size}")
-        with open(path, encoding="utf-8-sig") as file:
-            table = np.fromiter(itertools.chain.from_iterable(_rows(path, file)), np.float64).reshape(-1, 3)
-    except OSError as error:
-        raise InputError(f"{path}: file: must be readable, got {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        got = f"byte 0x{error.object[error.start]:02x}"
-        raise InputError(f"{path}: file: must be UTF-8 text, got {got}") from error
-    if len(table) < 2:
-        raise InputError(
-            f"{path}: points: must be at least 2 lines of two or three numbers, got {len(table)}"
-        )
-    return table[:, 1:], table[:, 0].astype(np.int64)
+        name, scans = read_scans(decompress(read_bytes(Path(path))))
+        if scan is None and len(scans) > 1:
+            raise InputError(f"scan: must be chosen in a file of {len(scans)}: {_listed(scans)}")
+        index = 0 if scan is None else scan
+        if not 0 <= index < len(scans):
+            raise InputError(f"scan: must be in 0..{len(scans) - 1}, got {index}")
+        return _checked(path, name, scans, index, given)
+    except InputError as error:
+        raise InputError(f"{_shown(path)}: {error}") from error
 
 
-def _rows(path: Path, file: Iterator[str]) -> Iterator[tuple[int, float, float]]:
-    """Line number, 2theta and intensity of every point; text before the first point is a header."""
-    n_points = 0
-    for number, line in enumerate(file, 1):
-        if "\0" in line:
-            raise InputError(f"{path}: line {number}: must be text, got a NUL byte")
-        text = line.strip()
-        if not text or text.startswith(_COMMENT):
-            continue
-        fields = _split(text) if len(text) <= _MAX_LINE else [text]
-        try:
-            values = [_to_float(field) for field in fields]
-        except ValueError:
-            values = []
-        if n_points == 0 and len(values) < 2:
-            continue
-        if len(values) not in (2, 3):
-            what = f"{len(fields)} columns" if values else f"{text[:60]!r}"
-            raise InputError(f"{path}: line {number}: must be two or three numbers, got {what}")
-        n_points += 1
-        if n_points > _MAX_POINTS:
-            raise InputError(f"{path}: points: must be at most {_MAX_POINTS}, got more")
-        yield number, values[0], values[1]
+def read_all(path: str | Path, *, wavelength: str | float | None = None) -> Iterator[Scan | InputError]:
+    """Every scan of a file in its order, as `read` reads it; in the place of one that breaks a rule, its error.
 
-
-def _split(text: str) -> list[str]:
-    """Fields of a line. A comma between digits is never taken for both a point and a separator."""
-    if ";" in text:
-        fields = text.removesuffix(";").replace(",", ".").split(";")
-    elif "\t" in text:
-        fields = text.replace(",", ".").split()
-    elif "," in text:
-        fields = text.removesuffix(",").split(",")  # `20,02 49` is left with a field that is no number
-    else:
-        fields = text.split()
-    return [field.strip(" \"'") for field in fields]
-
-
-def _to_float(field: str) -> float:
-    if "_" in field:  # Python reads 1_000
-        raise ValueError(field)
-    return float(field)
-
-
-def _strongest_width(intensity: NDArray[np.float64]) -> int:
-    """Points around the highest one that are above half way from the median to it."""
-    top = int(np.argmax(intensity))
-    below = np.flatnonzero(intensity < 0.5 * (intensity[top] + np.median(intensity)))
-    after = int(np.searchsorted(below, top))
-    begin = int(below[after - 1]) if after > 0 else -1
-    end = int(below[after]) if after < len(below) else len(intensity)
-    return end - begin - 1
-
-
-def _smooth(intensity: NDArray[np.float64], half: int) -> NDArray[np.float64]:
-    """Values of parabolas fitted over 2 half + 1 points."""
-    if half < 2:
-        return intensity.copy()  # three points lie on their parabola
-    at = np.arange(-half, half + 1.0)
-    kernel = np.linalg.pinv(np.stack([np.ones_like(at), at, at**2], 1))[0]
-    return np.convolve(np.pad(intensity, half, mode="edge"), kernel, mode="valid")
-
-
-def _background(intensity: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    floor = np.maximum(intensity - min(float(intensity.min()), 0.0), 0.0)
-    level = np.log1p(np.log1p(np.sqrt(floor + 1.0)))
-    padded = np.pad(level, width, mode="reflect") if width < len(level) else np.pad(level, width, mode="edge")
-    for reach in range(width, 0, -1):
-        mean = 0.5 * (padded[: -2 * reach] + padded[2 * reach :])
-        padded[reach:-reach] = np.minimum(padded[reach:-reach], mean)
-    background = np.expm1(np.expm1(padded[width:-width])) ** 2 - 1.0
-    return background + min(float(intensity.min()), 0.0)
-
-
-def _local_median(values: NDArray[np.float64], width: int, n_points: int) -> NDArray[np.float64]:
-    """(n_points,) medians of blocks of about `width` values, interpolated: peaks hardly touch them."""
-    blocks = np.array_split(values, max(1, len(values) // width))
-    size = np.array([len(block) for block in blocks])
-    centre = np.cumsum(size) - 0.5 * size
-    return np.interp(np.arange(n_points), centre, [np.median(block) for block in blocks])
-
-
-def _maxima(values: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Places of local maxima, and their prominences: height over the higher of the valleys to higher ground.
-
-    Beyond the ends lies the lowest value of all. A plateau is one maximum, at its middle.
+    Raises:
+        InputError: for a file that cannot be read at all.
+        ValueError: for a wavelength that is no wavelength.
     """
-    starts = np.flatnonzero(np.r_[True, np.diff(values) != 0.0])
-    level = values[starts]
-    padded = np.r_[np.inf, level, np.inf]  # a rise that the end cuts off is no maximum
-    is_top = (padded[1:-1] > padded[:-2]) & (padded[1:-1] > padded[2:])
-    runs = np.flatnonzero(is_top)
-    ends = np.r_[starts[1:], len(values)] - 1
-    top = (starts[runs] + ends[runs]) // 2
-    # valley between neighbouring maxima: the lowest level after one and before the next
-    valley = np.minimum.reduceat(level, runs)[:-1] if len(runs) > 1 else np.zeros(0)
-    height = level[runs]
-    lowest = float(values.min())
-    before = _key_valleys(height, valley, lowest)
-    after = _key_valleys(height[::-1], valley[::-1], lowest)[::-1]
-    prominence = height - np.maximum(before, after)
-    return top, prominence
+    given = None if wavelength is None else radiation_of(wavelength)
+    try:
+        name, scans = read_scans(decompress(read_bytes(Path(path))))
+    except InputError as error:
+        raise InputError(f"{_shown(path)}: {error}") from error
+    for index in range(len(scans)):
+        try:
+            yield _checked(path, name, scans, index, given)
+        except InputError as error:
+            yield InputError(f"{_shown(path)}: scan {index}: {error}")
 
 
-def _key_valleys(
-    height: NDArray[np.float64], valley: NDArray[np.float64], lowest: float
-) -> NDArray[np.float64]:
-    """Of each maximum the lowest valley to its left before higher ground, or the lowest of all."""
-    keys = np.full(len(height), lowest)
-    higher: list[tuple[float, float]] = []  # heights falling to the right, each with the valley before it
-    for i, top in enumerate(height.tolist()):
-        low = float(valley[i - 1]) if i else lowest
-        while higher and higher[-1][0] <= top:
-            low = min(low, higher.pop()[1])
-        keys[i] = low if higher else lowest
-        higher.append((top, low))
-    return keys
+def _checked(path: str | Path, name: str, scans: list[Measured], index: int, given: Radiation | None) -> Scan:
+    measured = scans[index]
+    notes = []
+    try:
+        two_theta, intensity = measured.points()
+        before = int((two_theta <= 0.0).sum())
+        if before and name != COLUMNS:
+            notes.append(f"{before} points at or below 0 degrees left out")
+            two_theta, intensity = two_theta[before:], intensity[before:]
+        _check_points(two_theta, intensity)
+    except InputError as error:
+        raise refusal(name, error) from error
+    if negative := int((intensity < 0.0).sum()):
+        notes.append(f"{negative} negative intensities set to 0")
+        intensity = np.maximum(intensity, 0.0)
+    radiation, source = measured.radiation, "file"
+    if radiation is None:
+        radiation, source = (radiation_of(_ASSUMED), "assumed") if given is None else (given, "given")
+    elif given is not None and given != radiation and abs(given.wavelength - radiation.wavelength) > 1e-3:
+        notes.append(
+            f"the wavelength given, {given.wavelength:g}, is not the file's, {radiation.wavelength:g}, which was kept"
+        )
+    return Scan(
+        two_theta,
+        intensity,
+        str(path),
+        radiation.wavelength,
+        source,
+        radiation.name,
+        name,
+        index,
+        len(scans),
+        measured.title,
+        tuple(notes),
+    )
+
+
+def _check_points(two_theta: NDArray[np.float64], intensity: NDArray[np.float64]) -> None:
+    """The rules of every scan."""
+    if len(two_theta) < 2 or len(two_theta) != len(intensity):
+        raise InputError(f"points: must be at least 2, got {len(two_theta)}")
+    for bad, field, rule, values in (
+        (~np.isfinite(two_theta), "two_theta", "finite", two_theta),
+        (~np.isfinite(intensity), "intensity", "finite", intensity),
+        (~((two_theta > 0.0) & (two_theta < 180.0)), "two_theta", "between 0 and 180 degrees", two_theta),
+        (
+            np.diff(two_theta, prepend=-np.inf) <= 0.0,
+            "two_theta",
+            "above that of the point before",
+            two_theta,
+        ),
+    ):
+        if bad.any():
+            at = int(np.argmax(bad))
+            raise InputError(f"point {at + 1}: {field} must be {rule}, got {values[at]:.10g}")
+    maximum = float(intensity.max())
+    if maximum <= 0.0:
+        raise InputError(f"intensity: must be positive somewhere, got a maximum of {maximum:g}")
+    lowest = float(intensity.min())
+    if is_scan(two_theta):
+        if lowest < -_DIP * maximum:
+            at = int(intensity.argmin())
+            rule = "at least -5 % of the maximum of the scan"
+            raise InputError(f"point {at + 1}: intensity must be {rule}, got {lowest:.10g}")
+    elif lowest < 0.0:
+        at = int(np.argmax(intensity < 0.0))
+        raise InputError(
+            f"point {at + 1}: intensity must be >= 0 in a list of lines, got {intensity[at]:.10g}"
+        )
+
+
+def _listed(scans: list[Measured]) -> str:
+    """The first scans with their ranges, for a message."""
+    shown = []
+    for index, measured in enumerate(scans[:_LISTED]):
+        try:
+            two_theta, _ = measured.points()
+            what = f"{len(two_theta)} points from {two_theta[0]:g} to {two_theta[-1]:g} degrees"
+        except InputError:
+            what = "not readable"
+        shown.append(f"{index} ({measured.title + ', ' if measured.title else ''}{what})")
+    more = len(scans) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more" if more else "")
+
+
+def _shown(path: str | Path) -> str:
+    """The path on one line, whatever is in it."""
+    text = str(path)
+    return text if text.isprintable() else ascii(text)[1:-1]

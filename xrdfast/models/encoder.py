@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from xrdfast.ops.peak_attention import encode_patches, peak_attention
+from xrdfast.ops.peak_conv import Plan, Stage, peak_conv, peak_norm, peak_stage, plan_rows
+
 # The published grid: 8,500 points of 0.01 degrees from 5 degrees two_theta up to, not including, 90 degrees.
 N_POINTS = 8500
 TWO_THETA_MIN = 5.0
@@ -26,6 +29,7 @@ LOCAL_WIDTHS = (32, 32, 64, 128, 128, 256, 256, 512, 512, 1024, 1024, 1024, 1024
 N_MAX_POOLS = 4  # the first four pools take the maximum, the others the average
 PADDED_POOLS = frozenset({4, 6, 7})  # pools (counted from 0) with one padding zero at each end
 DROPOUT_POOLS = frozenset({9, 10, 11})  # pools followed by dropout
+MIDDLE_BLOCK, MIDDLE_LENGTH = 6, 67  # the pool after this block gives the map of an auxiliary classifier
 
 PATCH_POINTS = 10
 PATCH_CHANNELS = (1, 2, 4, 8, 16)
@@ -37,9 +41,13 @@ BLANK_PATCH = 1e-5  # a patch whose maximum is below this is no key of the atten
 
 
 class ResidualBlock(nn.Module):
-    """LeakyReLU(u + BN(conv3(LeakyReLU(BN(conv3(u)))))); u is x, widened where the width changes."""
+    """Pool of LeakyReLU(u + BN(conv3(LeakyReLU(BN(conv3(u)))))); u is x, widened where the width changes.
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    The modules hold the parameters under their published roles; the work is done on lists of rows, each the
+    channels of one position of one pattern (`xrdfast.ops.peak_conv`).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, pool: str) -> None:
         super().__init__()
         changes = in_channels != out_channels
         self.widen = nn.Conv1d(in_channels, out_channels, 1, bias=False) if changes else nn.Identity()
@@ -47,25 +55,75 @@ class ResidualBlock(nn.Module):
         self.norm1 = nn.BatchNorm1d(out_channels)
         self.conv2 = nn.Conv1d(out_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm1d(out_channels)
+        self.pool = pool
+        for conv in (self.conv1, self.conv2):
+            # Tap by tap in memory, so that every tap is a matrix as it lies: copying them took 2 ms a pattern.
+            conv.weight = nn.Parameter(conv.weight.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns (n_patterns, out_channels, length) from x (n_patterns, in_channels, length)."""
-        wide = self.widen(x)
-        inner = F.leaky_relu(self.norm1(self.conv1(wide)), inplace=True)
-        return F.leaky_relu(self.norm2(self.conv2(inner)) + wide, inplace=True)
+    def forward(self, x: Tensor, stage: Stage) -> Tensor:
+        """Returns the rows of the next stage, (n_rows, out_channels), from x (n_rows, in_channels)."""
+        first, second = (conv.weight.permute(2, 1, 0) for conv in (self.conv1, self.conv2))
+        matrix = None if isinstance(self.widen, nn.Identity) else self.widen.weight[..., 0].T
+        # Widening has no bias, so it and the convolution are one convolution from the narrow width. Forming that costs
+        # as much as it saves on `out_channels` rows.
+        folds = matrix is not None and len(x) > second.shape[-1]
+        if folds:
+            first = (first.mT @ matrix.mT).mT
+        if (folds or matrix is None) and self._only_evaluates(x):
+            norms = [_scale_and_offset(norm) for norm in (self.norm1, self.norm2)]
+            return peak_stage(x, first, second, matrix, norms, stage, pool=self.pool)
+        wide = x if matrix is None else x @ matrix
+        inner = normalise(self.norm1, peak_conv(x if folds else wide, first, stage.shift), stage)
+        return normalise(self.norm2, peak_conv(inner, second, stage.shift), stage, wide, self.pool)
+
+    def _only_evaluates(self, x: Tensor) -> bool:
+        """Running statistics, no gradient, and the dtype of the parameters."""
+        trains = self.norm1.training or self.norm2.training or torch.is_grad_enabled()
+        return not trains and not torch.is_autocast_enabled(x.device.type)
+
+
+def _scale_and_offset(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
+    """The affine map that a batch norm is with its running statistics."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
+def normalise(
+    norm: nn.BatchNorm1d, h: Tensor, stage: Stage, residual: Tensor | None = None, pool: str | None = None
+) -> Tensor:
+    """Batch norm and what follows it in `peak_norm`; running statistics as the module itself keeps them."""
+    batch = norm.training or norm.running_mean is None
+    statistics = None if batch else (norm.running_mean, norm.running_var)
+    normed = peak_norm(
+        h, norm.weight, norm.bias, stage, statistics=statistics, eps=norm.eps, residual=residual, pool=pool
+    )
+    if norm.training and norm.track_running_stats:
+        with torch.no_grad():
+            norm.num_batches_tracked += 1
+            momentum = norm.momentum
+            if momentum is None:
+                momentum = 1.0 / norm.num_batches_tracked.to(normed.mean.dtype)
+            norm.running_mean.lerp_(normed.mean, momentum)
+            norm.running_var.lerp_(normed.var * (stage.total / (stage.total - 1.0)), momentum)
+    return normed.out
 
 
 class LocalBranch(nn.Module):
     """Thirteen residual blocks, each followed by a pool of two, from 8,500 points to one vector.
 
     The second input channel is the sine of the grid's 2θ itself, as published (Bragg's law would take θ).
+    Positions far from every peak are computed once for the whole batch (`xrdfast.ops.peak_conv`).
     """
 
     def __init__(self, n_features: int, dropout: float) -> None:
         super().__init__()
         self.intensity_norm = nn.BatchNorm1d(1)
         inputs = (2, *LOCAL_WIDTHS[:-1])
-        self.blocks = nn.ModuleList(ResidualBlock(i, o) for i, o in zip(inputs, LOCAL_WIDTHS, strict=True))
+        self.blocks = nn.ModuleList(
+            ResidualBlock(n_in, n_out, "max" if i < N_MAX_POOLS else "mean")
+            for i, (n_in, n_out) in enumerate(zip(inputs, LOCAL_WIDTHS, strict=True))
+        )
+        self.middle = nn.Identity()  # passes (n_patterns, 67, 256) on to hooks; nothing follows from it here
         self.dropout = nn.Dropout(dropout)
         self.project = nn.Linear(LOCAL_WIDTHS[-1], n_features)
         two_theta = TWO_THETA_MIN + TWO_THETA_STEP * torch.arange(N_POINTS, dtype=torch.float64)
@@ -74,14 +132,21 @@ class LocalBranch(nn.Module):
 
     def forward(self, intensity: Tensor) -> Tensor:
         """Returns (n_patterns, n_features) from intensity (n_patterns, 8500)."""
-        channel = self.intensity_norm(intensity[:, None])
-        x = torch.cat([channel, self.sine.expand_as(channel)], dim=1)
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            x = F.max_pool1d(x, 2) if i < N_MAX_POOLS else F.avg_pool1d(x, 2, padding=int(i in PADDED_POOLS))
+        plan = plan_rows(intensity, [int(i in PADDED_POOLS) for i in range(len(self.blocks))])
+        x = self.input_rows(intensity, plan)
+        for i, (block, stage) in enumerate(zip(self.blocks, plan.stages, strict=True)):
+            x = block(x, stage)
+            if i == MIDDLE_BLOCK:  # dense by now: rows go through the patterns of a position
+                self.middle(x.unflatten(0, (MIDDLE_LENGTH, len(intensity))).transpose(0, 1))
             if i in DROPOUT_POOLS:
                 x = self.dropout(x)
-        return self.project(x.flatten(1))
+        return self.project(x)
+
+    def input_rows(self, intensity: Tensor, plan: Plan) -> Tensor:
+        """Rows (n_rows, 2) of the first block: normed intensity and sine, zero beyond the grid."""
+        normed = self.intensity_norm(intensity[:, None]).flatten()
+        x = torch.stack([normed[plan.point], self.sine[plan.position]], dim=1)
+        return x * (plan.position >= 0)[:, None]
 
 
 class PatchEmbedding(nn.Module):
@@ -97,16 +162,20 @@ class PatchEmbedding(nn.Module):
         steps = itertools.pairwise(PATCH_CHANNELS)
         self.convolutions = nn.ModuleList(nn.Conv1d(i, o, 3, padding=1) for i, o in steps)
 
-    def forward(self, patches: Tensor) -> Tensor:
-        """Returns (n_patterns, n_patches, 16) from patches (n_patterns, n_patches, 10)."""
-        response = torch.eye(PATCH_POINTS + 1, PATCH_POINTS, dtype=patches.dtype, device=patches.device)[
-            :, None
-        ]
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """The map's weight (10, 16) and bias (16)."""
+        like = self.convolutions[0].weight
+        response = torch.eye(PATCH_POINTS + 1, PATCH_POINTS, dtype=like.dtype, device=like.device)[:, None]
         for i, convolution in enumerate(self.convolutions):
             response = F.avg_pool1d(convolution(response), 2, padding=int(i in PATCH_PADDED_POOLS))
-        response = response.flatten(1)  # (11, 16): the ten unit patches, then the blank one
-        weight = response[:PATCH_POINTS] - response[PATCH_POINTS:]
-        return patches @ weight + response[PATCH_POINTS]
+        # (11, 16): the ten unit patches, then the blank one; autocast may have made it bfloat16
+        response = response.flatten(1).to(like.dtype)
+        return response[:PATCH_POINTS] - response[PATCH_POINTS:], response[PATCH_POINTS]
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Returns (n_patterns, n_patches, 16) from patches (n_patterns, n_patches, 10)."""
+        weight, bias = self.affine()
+        return patches @ weight + bias
 
 
 class AttentionLayer(nn.Module):
@@ -128,8 +197,7 @@ class AttentionLayer(nn.Module):
         """One layer.
 
         Blank patches are masked as keys only. The published code sets their scores to -1e9, so a pattern
-        without any active patch attends uniformly; here such a pattern keeps all keys and asks with zero
-        queries, which gives equal scores, and no gradient to them, as published.
+        without any active patch attends uniformly, and so it does here.
 
         Args:
             x: (n_patterns, n_patches, n_features).
@@ -138,19 +206,23 @@ class AttentionLayer(nn.Module):
         Returns:
             (n_patterns, n_patches, n_features).
         """
-        any_active = active.any(dim=1, keepdim=True)  # (n_patterns, 1)
-        query = self.query(x) * any_active[..., None]
-        mask = (active | ~any_active)[:, None, None, :]  # (n_patterns, head, query, key)
-        attended = F.scaled_dot_product_attention(
-            query[:, None], self.key(x)[:, None], self.value(x)[:, None], attn_mask=mask
-        )
-        x = self.attention_norm(self.dropout(self.output(attended[:, 0])) + x)
+        attended = peak_attention(self.query(x), self.key(x), self.value(x), active)
+        x = self.attention_norm(self.dropout(self.output(attended)) + x)
         inner = F.leaky_relu(self.expand(x), inplace=True)
         return self.feed_forward_norm(self.dropout(self.contract(inner)) + x)
 
+    def tensors(self) -> list[Tensor]:
+        """Weights and biases in the order of `encode_patches`."""
+        maps = (self.query, self.key, self.value, self.output, self.attention_norm)
+        maps += (self.expand, self.contract, self.feed_forward_norm)
+        return [tensor for module in maps for tensor in (module.weight, module.bias)]
+
 
 class GlobalBranch(nn.Module):
-    """Attention over 850 patches of 10 points, then the maximum over all patches."""
+    """Attention over 850 patches of 10 points, then the maximum over all patches.
+
+    Where neither dropout nor gradients are asked for, the whole branch is one operator, `encode_patches`.
+    """
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
@@ -165,6 +237,8 @@ class GlobalBranch(nn.Module):
 
     def forward(self, intensity: Tensor) -> Tensor:
         """Returns (n_patterns, 32) from intensity (n_patterns, 8500)."""
+        if not self.training and not torch.is_grad_enabled():
+            return self._infer(intensity)
         patches = intensity.unflatten(1, (self.n_patches, PATCH_POINTS))
         patch_maximum = patches.max(dim=2).values
         position = self.learned_position.expand(len(intensity), -1, -1)
@@ -175,6 +249,18 @@ class GlobalBranch(nn.Module):
         for layer in self.layers:
             x = layer(x, active)
         return x.max(dim=1).values
+
+    def _infer(self, intensity: Tensor) -> Tensor:
+        weight, bias = self.patch_embedding.affine()
+        constant = torch.cat([bias.expand(self.n_patches, -1), self.learned_position], dim=1)
+        return encode_patches(
+            intensity,
+            weight,
+            F.pad(constant, (0, 1)) + self.fixed_position,
+            [tensor for layer in self.layers for tensor in layer.tensors()],
+            blank=BLANK_PATCH,
+            norm_eps=self.layers[0].attention_norm.eps,
+        )
 
 
 class XRDecouplerEncoder(nn.Module):

@@ -25,6 +25,8 @@ class ModelConfig:
     encoder: Callable[[], nn.Module]  # builds the encoder; the encoder states its n_features
     head_widths: Mapping[str, tuple[int, ...]]  # hidden widths of each task's head; the tasks of the model
     summary: str  # one line for people
+    stage: str = ""  # submodule whose output an auxiliary classifier of self-distillation reads
+    stage_channels_last: bool = False  # that output is (n_patterns, position, channel)
 
 
 PRESETS: dict[str, ModelConfig] = {
@@ -40,18 +42,24 @@ PRESETS: dict[str, ModelConfig] = {
                 "point_group": (32,),
             },
             summary="the published XRDecoupler, 30.25 M parameters, 1.93 GFLOP a pattern",
+            stage="encoder.local_branch.middle",
+            stage_channels_last=True,
         ),
         ModelConfig(
             name="small",
             encoder=SmallEncoder,
             head_widths=dict.fromkeys(TASKS, ()),
             summary="own hierarchical encoder on a log d axis, 1.0 M parameters, 0.06 GFLOP a pattern",
+            stage="encoder.mergers.1",
+            stage_channels_last=True,
         ),
         ModelConfig(
             name="plain_cnn",
             encoder=PlainCnnEncoder,
             head_widths={"space_group": ()},
             summary="baseline: strided CNN on space groups alone, 1.06 M parameters",
+            stage="encoder.layers.3.norm",
+            stage_channels_last=True,
         ),
     )
 }

@@ -156,7 +156,7 @@ def render_sticks_reference(
 
 
 def _render_sticks_cpu(*arguments):
-    _check_sticks(*arguments)
+    _check_sticks(arguments)
     module = _native.cpu()
     if module is None:
         return render_sticks_reference(*arguments)
@@ -166,7 +166,7 @@ def _render_sticks_cpu(*arguments):
 
 
 def _render_sticks_cuda(*arguments):
-    _check_sticks(*arguments)
+    _check_sticks(arguments)
     module = _native.cuda()
     if module is None:
         return render_sticks_reference(*arguments)
@@ -216,7 +216,13 @@ def _render_arguments(
     return held, intensity, pointers, sizes
 
 
-def _check_sticks(
+def _check_sticks(arguments: tuple) -> None:
+    *families, wavelength, _, two_theta_step, n_points = arguments
+    check_families("render_sticks", *families, wavelength, two_theta_step, n_points)
+
+
+def check_families(
+    op: str,
     offset: Tensor,
     hkl: Tensor,
     multiplicity: Tensor,
@@ -224,10 +230,10 @@ def _check_sticks(
     reciprocal_metric: Tensor,
     b_overall: Tensor,
     wavelength: float,
-    two_theta_min: float,
     two_theta_step: float,
     n_points: int,
 ) -> None:
+    """Raises ValueError where the families of an operator, the wavelength or the grid break its rules."""
     n_patterns, n_families = len(offset) - 1, len(hkl)
     rules = {
         "offset": (offset, (max(n_patterns, 0) + 1,), torch.int64),
@@ -237,23 +243,32 @@ def _check_sticks(
         "reciprocal_metric": (reciprocal_metric, (n_patterns, 6), torch.float64),
         "b_overall": (b_overall, (n_patterns,), torch.float64),
     }
+    check_tensors(op, rules, hkl.device)
+    check_offsets(op, "offset", offset, n_families)
+    if not (math.isfinite(wavelength) and wavelength > 0):
+        raise ValueError(f"{op}: wavelength must be finite and > 0 Angstrom, got {wavelength}")
+    if not two_theta_step > 0 or n_points < 1:
+        raise ValueError(f"{op}: grid must have a step > 0 and a point, got {two_theta_step}, {n_points}")
+
+
+def check_tensors(op: str, rules: dict[str, tuple[Tensor, tuple, torch.dtype]], device: torch.device) -> None:
+    """Raises ValueError where a tensor has another shape, dtype or device than its rule says."""
     for name, (tensor, shape, dtype) in rules.items():
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != hkl.device:
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
             raise ValueError(
-                f"render_sticks: {name} must be {shape} {dtype} on {hkl.device}, "
+                f"{op}: {name} must be {shape} {dtype} on {device}, "
                 f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
             )
-    falls = (offset[1:] < offset[:-1]).any() | (offset[0] != 0) | (offset[-1] != n_families)
-    if bool(falls):  # one synchronisation
-        raise ValueError(
-            f"render_sticks: offset must rise from 0 to {n_families}, got {offset.tolist()[:5]} ..."
-        )
-    if not (math.isfinite(wavelength) and wavelength > 0):
-        raise ValueError(f"render_sticks: wavelength must be finite and > 0 Angstrom, got {wavelength}")
-    if not two_theta_step > 0 or n_points < 1:
-        raise ValueError(
-            f"render_sticks: grid must have a step > 0 and a point, got {two_theta_step}, {n_points}"
-        )
+
+
+def check_offsets(op: str, name: str, offset: Tensor, n_rows: int, most: int | None = None) -> None:
+    """Raises ValueError where offsets don't rise from 0 to n_rows, by `most` a step; one synchronisation."""
+    falls = (offset[1:] < offset[:-1]).any() | (offset[0] != 0) | (offset[-1] != n_rows)
+    if most is not None:
+        falls = falls | (offset.diff() > most).any()
+    if bool(falls):
+        steps = "" if most is None else f", by at most {most} a pattern"
+        raise ValueError(f"{op}: {name} must rise from 0 to {n_rows}{steps}, got {offset.tolist()[:5]} ...")
 
 
 LIBRARY.impl("render_sticks", _render_sticks_cpu, "CPU")

@@ -13,25 +13,39 @@ Beyond", NeurIPS 2022 (mini-batch MGDA is biased; smoothed weights).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from xrdfast.models import SymmetryModel
 
 METHODS = ("mgda", "mgda_ema", "sum")
-MAX_TASKS = 4
+MAX_TASKS = 5  # four tasks, and distillation where it is an objective of its own
 DEAD_TASK = 1e-12  # a task with loss × gradient norm below this leaves the hull
 EMA_DECAY = 0.9
 
 
-class StepResult(NamedTuple):
-    """What one balanced step leaves beside the gradients, for the T tasks of the model in their order."""
+class ExtraLosses(Protocol):
+    """What a step may add to the cross-entropies (`xrdfast.training.distill`)."""
 
-    losses: Tensor  # (T,) mean cross-entropy of each task, over all processes
+    own_objective: bool  # the guidance is an objective of its own, after the tasks
+
+    def modules(self) -> list[nn.Module]:
+        """Modules beside the model that are trained in the step."""
+
+    def terms(
+        self, intensity: Tensor, logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Guidance (T,), losses of each task's logits; and a loss () of the encoder outside the balance."""
+
+
+class StepResult(NamedTuple):
+    """What one balanced step leaves beside the gradients, for the T objectives in their order."""
+
+    losses: Tensor  # (T,) of each task, over all processes: cross-entropy and what is added to it
     weights: Tensor  # (T,) weights of the tasks in the encoder's gradient
     finite: Tensor  # () bool; False: a loss or gradient was not finite, and all gradients are zero
 
@@ -47,7 +61,7 @@ def min_norm_weights(gram: Tensor) -> Tensor:
     regular; whatever the singular system of another face returns is judged by its gap like the rest.
 
     Args:
-        gram: (..., T, T) inner products of T vectors, 1 <= T <= 4, finite. A vector of zeros takes all the
+        gram: (..., T, T) inner products of T vectors, 1 <= T <= 5, finite. A vector of zeros takes all the
             weight.
 
     Returns:
@@ -80,7 +94,7 @@ def mgda_weights(losses: Tensor, gram: Tensor) -> Tensor:
         is not finite, all weights are 0.
 
     Raises:
-        ValueError: shapes that do not agree, or more than four tasks.
+        ValueError: shapes that do not agree, or more than five tasks.
     """
     n_tasks = _check_gram("mgda_weights", gram)
     if losses.shape != gram.shape[:-1]:
@@ -105,7 +119,7 @@ class Balance:
     Args:
         method: `mgda` (exact min-norm weights of this batch), `mgda_ema` (their exponential mean over steps,
             started without bias), `sum` (every task weighs 1).
-        n_tasks: number of tasks, 1 to 4.
+        n_tasks: number of objectives, 1 to 5.
         device: where the weights are computed.
 
     Raises:
@@ -172,18 +186,23 @@ def balanced_step(
     labels: Mapping[str, Tensor],
     balance: Balance,
     label_smoothing: float = 0.0,
+    extra: ExtraLosses | None = None,
 ) -> StepResult:
     """Gradients of one step: a single encoder forward, balanced at the features.
 
     The encoder receives Σ w_t ∂L_t/∂features, and each head the unscaled gradient of its own loss. Gradients
     are added to the parameters' `.grad`, as backward does.
 
+    What distillation adds to a task belongs to that task's loss, or is one more objective, as `extra` says; its
+    auxiliary classifier does not pass through the features, so its loss reaches the encoder with weight 1.
+
     Args:
         model: in train mode.
         intensity: (n_patterns, 8500), 0 to 100.
         labels: for each of the model's tasks, (n_patterns,) int64 class indices.
-        balance: for as many tasks as the model has.
+        balance: for as many objectives as the model has tasks, and one more where `extra` is one of its own.
         label_smoothing: share of each label given to all classes alike.
+        extra: losses beside the cross-entropies; None for none.
 
     Returns:
         Losses, weights and whether all was finite; all on the device.
@@ -203,38 +222,53 @@ def balanced_step(
         raise ValueError(
             f"balanced_step: labels must hold every task of the model, got none for {', '.join(missing)}"
         )
-    if balance.n_tasks != len(tasks):
-        raise ValueError(f"balanced_step: balance must be for {len(tasks)} tasks, got {balance.n_tasks}")
+    own_objective = extra is not None and extra.own_objective
+    n_objectives = len(tasks) + own_objective
+    if balance.n_tasks != n_objectives:
+        raise ValueError(f"balanced_step: balance must be for {n_objectives} tasks, got {balance.n_tasks}")
+    modules = [model, *(extra.modules() if extra is not None else ())]
     statistics = [
         buffer
-        for module in model.modules()
+        for whole in modules
+        for module in whole.modules()
         if isinstance(module, _BatchNorm) and module.track_running_stats
         for buffer in (module.running_mean, module.running_var)
     ]
     before = [buffer.clone() for buffer in statistics]
 
     features = model.encode(intensity)
-    # One copy of the features a task, (T, n_patterns, n_features): a single backward gives every task's own
+    # One copy of the features an objective, (T, n_patterns, n_features): a single backward gives every one's own
     # gradient there; float32 at least, under autocast too.
     dtype = torch.promote_types(features.dtype, torch.float32)
-    copies = features.detach().to(dtype).repeat(len(tasks), 1, 1).requires_grad_()
+    copies = features.detach().to(dtype).repeat(n_objectives, 1, 1).requires_grad_()
+    logits = {task: model.heads[task](copy).to(dtype) for task, copy in zip(tasks, copies, strict=False)}
     losses = torch.stack(
-        [
-            F.cross_entropy(model.heads[task](copy).to(dtype), labels[task], label_smoothing=label_smoothing)
-            for task, copy in zip(tasks, copies, strict=True)
-        ]
+        [F.cross_entropy(logits[task], labels[task], label_smoothing=label_smoothing) for task in tasks]
     )
+    beside = losses.new_zeros(())  # outside the balance
+    if extra is not None:
+        if own_objective:
+            logits = {task: model.heads[task](copies[-1]).to(dtype) for task in tasks}
+        guidance, beside = extra.terms(intensity, logits, labels)
+        losses = torch.cat([losses, guidance.sum()[None]]) if own_objective else losses + guidance
     losses.sum().backward()
     gradients = copies.grad
     flat = gradients.flatten(1).double()
-    losses, gram = _mean_over_processes(losses.detach(), flat @ flat.T)
+    packed = torch.cat([losses.detach(), beside.detach()[None].to(losses)])
+    packed, gram = _mean_over_processes(packed, flat @ flat.T)
+    losses = packed[:-1]
     weights, finite = balance.weigh(losses, gram)
+    finite = finite & packed[-1].isfinite()
 
     combined = (weights.to(dtype)[:, None, None] * torch.where(finite, gradients, 0.0)).sum(dim=0)
-    features.backward(combined.to(features))
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad.masked_fill_(~finite, 0.0)
+    roots, upstream = [features], [combined.to(features)]
+    if beside.requires_grad:
+        roots, upstream = [features, beside], [*upstream, None]
+    torch.autograd.backward(roots, upstream)
+    for whole in modules:
+        for parameter in whole.parameters():
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(~finite, 0.0)
     for buffer, old in zip(statistics, before, strict=True):
         buffer.copy_(torch.where(finite, buffer, old))
     return StepResult(losses, weights.to(losses), finite)
@@ -286,12 +320,12 @@ def _check_gram(op: str, gram: Tensor) -> int:
 
 
 def _mean_over_processes(losses: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses (T,) and Gram matrix (T, T) of the batch made of all processes' batches; all of equal size."""
+    """Losses (any number) and Gram matrix (T, T) of the batch made of all processes' batches; all of equal size."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return losses, gram
     packed = torch.cat([losses.to(gram), gram.flatten()])
     distributed.all_reduce(packed)
     n_processes = distributed.get_world_size()
-    n_tasks = len(losses)
+    n_losses = len(losses)
     # Each process's gradient counts 1 / n of the whole batch's, its inner products 1 / n².
-    return (packed[:n_tasks] / n_processes).to(losses), packed[n_tasks:].view_as(gram) / n_processes**2
+    return (packed[:n_losses] / n_processes).to(losses), packed[n_losses:].view_as(gram) / n_processes**2

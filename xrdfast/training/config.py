@@ -5,6 +5,7 @@ Not for what the settings do (`trainer.py`).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from xrdfast.data.generate import AugmentConfig
+from xrdfast.data.profiles import PROFILES
 from xrdfast.errors import InputError
 from xrdfast.models import PRESETS
 from xrdfast.training.balance import METHODS
+from xrdfast.training.distill import OBJECTIVES, DistillationConfig
 
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("float32", "bf16")
@@ -119,6 +122,7 @@ _RULES: dict[str, _Rule] = {
     # Stores hold lines 5 % beyond their range; strains of 3 sigma must stay within it.
     "augment.strain": ("in [0, 0.02]", lambda x: 0 <= x <= 0.02),
     "augment.b_max": _NOT_NEGATIVE,
+    "augment.profile": _one_of(("sticks", *PROFILES)),
     "train.epochs": _NOT_NEGATIVE,
     "train.max_minutes": _NOT_NEGATIVE,
     "train.batch_size": _POSITIVE,
@@ -141,6 +145,12 @@ _RULES: dict[str, _Rule] = {
     "train.checkpoint_minutes": _POSITIVE,
     "train.threads": _NOT_NEGATIVE,
     "train.log_steps": _POSITIVE,
+    "distillation.temperature": _POSITIVE,
+    "distillation.drg_weight": _NOT_NEGATIVE,
+    "distillation.dsr_weight": _NOT_NEGATIVE,
+    "distillation.joint_weight": _NOT_NEGATIVE,
+    "distillation.teacher_weight": _NOT_NEGATIVE,
+    "distillation.objective": _one_of(OBJECTIVES),
 }
 
 
@@ -156,6 +166,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
         values = self.flat()
@@ -190,7 +201,9 @@ class RunConfig:
         return "\n\n".join(tables) + "\n"
 
 
-def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path | None = None, overrides: Iterable[str] = (), base: dict[str, Any] | None = None
+) -> RunConfig:
     """Reads a run's configuration.
 
     Args:
@@ -202,7 +215,7 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
         InputError: a file that cannot be read, an unknown key (with the closest known one), a wrong type or
             value.
     """
-    tables: dict[str, Any] = {}
+    tables: dict[str, Any] = copy.deepcopy(base or {})
     if path is not None:
         try:
             tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -232,7 +245,7 @@ def config_from_dict(tables: dict[str, Any]) -> RunConfig:
     Raises:
         InputError: as `load_config`.
     """
-    sections = {"model": PresetConfig, "data": DataConfig, "augment": AugmentConfig, "train": TrainConfig}
+    sections = typing.get_type_hints(RunConfig)
     built = {}
     for name, table in tables.items():
         if name not in sections:

@@ -33,6 +33,7 @@ from xrdfast.symmetry import N_CLASSES, class_index
 from xrdfast.training import checkpoint
 from xrdfast.training.balance import Balance, balanced_step
 from xrdfast.training.config import RunConfig, TrainConfig
+from xrdfast.training.distill import Distiller
 from xrdfast.training.processes import Processes, local_device, stop_on_signals
 from xrdfast.training.run_log import ProgressCallback, RunLog, StepWindow
 
@@ -106,7 +107,12 @@ class Trainer:
         torch.manual_seed(train.seed)
         self.model = build_model(config.model.preset).to(self.device).train()
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self._parameters = list(self.model.parameters())
+        distills = config.distillation.active
+        self.distiller = Distiller(config.distillation, self.model) if distills else None
+        self._named_parameters = list(self.model.named_parameters())
+        if self.distiller is not None:
+            self._named_parameters += self.distiller.named_parameters()
+        self._parameters = [parameter for _, parameter in self._named_parameters]
         # Matrices decay; biases, norms and scales do not.
         self.optimizer = torch.optim.AdamW(
             [
@@ -117,7 +123,10 @@ class Trainer:
             betas=train.betas,
             fused=True,
         )
-        self.balance = Balance(train.balance, len(self.model.tasks), self.device)
+        self.objectives = self.model.tasks
+        if self.distiller is not None and self.distiller.own_objective:
+            self.objectives = (*self.objectives, "distillation")
+        self.balance = Balance(train.balance, len(self.objectives), self.device)
         self._class_index = {task: torch.tensor(class_index(task)) for task in self.model.tasks}
 
         self.step = 0
@@ -129,6 +138,7 @@ class Trainer:
         self._log: RunLog | None = None
         self._stop_requested = False  # by a signal to this process
         self._stop_agreed = False  # by all processes, in their last step
+        self._elapsed_agreed = 0.0  # the first process's clock, at the last step
         self._order: tuple[int, Tensor] | None = None  # epoch and its order
         self._open_folder(resume)
 
@@ -159,8 +169,8 @@ class Trainer:
 
     def _loop(self) -> str:
         train = self.config.train
-        window = StepWindow(self.model.tasks, self.device)
-        saved = time.monotonic()
+        window = StepWindow(self.objectives, self.device)
+        saved = self._elapsed_agreed
         patience = train.early_stopping_patience
         while True:
             if patience and self.worse_validations >= patience:
@@ -177,9 +187,10 @@ class Trainer:
                 self._validate()
                 window.leave_out(time.monotonic() - begun)
             stops = self._stop_agreed or (self._stop_requested and self._processes.count == 1)
-            if validates or stops or time.monotonic() - saved >= 60.0 * train.checkpoint_minutes:
+            # By the clock that all processes share, since they save together.
+            if validates or stops or self._elapsed_agreed - saved >= 60.0 * train.checkpoint_minutes:
                 self.save()
-                saved = time.monotonic()
+                saved = self._elapsed_agreed
             if stops and not done:
                 return "interrupted"
 
@@ -191,18 +202,25 @@ class Trainer:
         )
         torch.manual_seed(_seed(train.seed, "dropout", self.step, self._processes.rank))
         intensity, number = self.source.batch(self._batch_indices(), generator)
+        if self.distiller is not None and self.step % self.steps_per_epoch == 0:
+            self.distiller.new_epoch()
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             result = balanced_step(
-                self.model, self._moved(intensity), self._labels(number), self.balance, train.label_smoothing
+                self.model,
+                self._moved(intensity),
+                self._labels(number),
+                self.balance,
+                train.label_smoothing,
+                self.distiller,
             )
-        elapsed, self._stop_agreed = self._processes.average_gradients(
+        self._elapsed_agreed, self._stop_agreed = self._processes.average_gradients(
             self._parameters, self._clock(), self._stop_requested
         )
         norm = nn.utils.clip_grad_norm_(self._parameters, train.clip_norm or math.inf)
         finite = result.finite & norm.isfinite()
         self.step += 1
-        self.fraction = self._fraction_done(elapsed)
+        self.fraction = self._fraction_done(self._elapsed_agreed)
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         # The fused kernel skips the update where this is 1, without the host having to know.
@@ -210,7 +228,7 @@ class Trainer:
         self.optimizer.step()
         # The first averages must not cling to the initial weights.
         decay = min(train.ema_decay, self.step / (self.step + 9.0))
-        torch._foreach_lerp_(list(self.averaged.parameters()), self._parameters, 1.0 - decay)
+        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1.0 - decay)
         return result.losses, result.weights, finite
 
     def _validate(self) -> None:
@@ -330,18 +348,25 @@ class Trainer:
     # --- files ---
 
     def save(self) -> None:
-        """Writes the resumable state (first process only).
+        """Writes the resumable state; called by all processes, written by the first.
 
         Raises:
             InputError: where the disk is full; the previous state is still there then.
         """
         self.elapsed = self._clock()
+        memory = self.distiller.memory if self.distiller is not None else None
+        if memory is not None:
+            memory = self._processes.join(memory, len(memory) * self._processes.count)
         if self._processes.rank:
             return
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"averaged.{name}": tensor for name, tensor in self.averaged.state_dict().items()}
         tensors |= {f"balance.{name}": tensor for name, tensor in self.balance.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
+        if self.distiller is not None:
+            tensors |= {f"distillation.{name}": x for name, x in self.distiller.state_dict().items()}
+        if memory is not None:
+            tensors["memory.dsr"] = memory
+        for name, parameter in self._named_parameters:
             moments = self.optimizer.state.get(parameter, {})
             tensors |= {f"optimizer.{key}.{name}": tensor for key, tensor in moments.items()}
         state = {
@@ -373,7 +398,8 @@ class Trainer:
 
     def _restore(self, path: Path) -> None:
         tensors, state = checkpoint.load_state(path)
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "averaged": {}, "balance": {}, "optimizer": {}}
+        kinds = ("model", "averaged", "balance", "optimizer", "distillation", "memory")
+        parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
         try:
             for name, tensor in tensors.items():
                 part, _, rest = name.partition(".")
@@ -382,12 +408,21 @@ class Trainer:
             checkpoint.load_weights(path, self.model, parts["model"])
             checkpoint.load_weights(path, self.averaged, parts["averaged"])
             self.balance.load_state_dict(parts["balance"])
-            for name, parameter in self.model.named_parameters():
+            if self.distiller is not None:
+                self.distiller.load_state_dict(parts["distillation"])
+            if "dsr" in parts["memory"]:
+                share = parts["memory"]["dsr"].chunk(self._processes.count)[self._processes.rank]
+                self.distiller.memory = share.to(self.device)
+            for name, parameter in self._named_parameters:
                 moments = {
                     key: parts["optimizer"].get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")
                 }
                 if moments["step"] is not None:
-                    self.optimizer.state[parameter] = {key: x.to(self.device) for key, x in moments.items()}
+                    # The fused kernel takes parameter and moments as they lie, so both must lie alike.
+                    self.optimizer.state[parameter] = {
+                        key: torch.empty_like(parameter if x.dim() else x, device=self.device).copy_(x)
+                        for key, x in moments.items()
+                    }
             self.step, self.elapsed, self.fraction = (
                 int(state["step"]),
                 float(state["elapsed"]),
@@ -403,7 +438,7 @@ class Trainer:
         own = self.config.to_dict()
         for table, settings in own.items():
             for key, value in settings.items():
-                saved = config[table].get(key)
+                saved = config.get(table, {}).get(key, value)  # a setting younger than the run
                 if saved != value and f"{table}.{key}" not in _FREE_ON_RESUME:
                     raise InputError(
                         f"{path}: {table}.{key}: must be {saved} to resume this run, got {value}"

@@ -1,0 +1,116 @@
+"""What self-distillation does for the `small` preset on real structures: baseline, DRG, DSR, both; sum and MGDA.
+
+    python -m benchmarks.distillation_patterns inorganic_mp.store.safetensors amcsd.store.safetensors -o distillation
+
+Every run has as many epochs, seeds pair (same initial weights, batches and augmentation), fold 0 validates. Runs that
+are there already are not repeated, stopped ones go on. Not a test of speed, though seconds a step are told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from xrdfast.training.balance import METHODS
+from xrdfast.training.checkpoint import MODEL_FILE, load_model_card
+from xrdfast.training.config import load_config
+from xrdfast.training.distill import OBJECTIVES
+from xrdfast.training.run_log import LOG_FILE
+from xrdfast.training.trainer import Trainer
+
+RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "sticks-small.toml"
+VARIANTS: dict[str, dict[str, bool]] = {
+    "baseline": {},
+    "drg": {"drg": True},
+    "dsr": {"dsr": True},
+    "both": {"drg": True, "dsr": True},
+    "both + joint": {"drg": True, "dsr": True, "joint": True},
+}
+
+
+def run(
+    folder: Path, stores: list[str], variant: str, balance: str, objective: str, seed: int, epochs: int
+) -> None:
+    """Trains one run to its end, or goes on with it."""
+    settings: dict[str, Any] = {
+        "train.epochs": epochs,
+        "train.max_minutes": 0.0,
+        "train.validate_epochs": epochs,
+        "train.balance": balance,
+        "train.seed": seed,
+        "distillation.objective": objective,
+        "data.stores": stores,
+    }
+    settings |= {f"distillation.{name}": value for name, value in VARIANTS[variant].items()}
+    config = load_config(RECIPE, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+    result = Trainer(config, folder, resume=True).run()
+    if result.status == "interrupted":
+        raise SystemExit(f"interrupted; the same command goes on with {folder}")
+
+
+def measured(folder: Path) -> dict[str, float]:
+    """Metrics of the single heads in percent, and milliseconds a step."""
+    card = load_model_card(folder / MODEL_FILE)
+    group, system = (card.metrics["tasks"][task] for task in ("space_group", "crystal_system"))
+    records = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
+    speed = statistics.median(r["patterns_per_second"] for r in records if r["event"] == "step")
+    shares = {
+        "top-1": group["top1"],
+        "top-5": group["top5"],
+        "macro F1": group["macro_f1"],
+        "ECE": group["ece_after"],
+        "SPC system": card.metrics["spc"]["crystal_system"],
+        "crystal system": system["top1"],
+    }
+    return {name: 100.0 * x for name, x in shares.items()} | {
+        "ms a step": 1000.0 * card.config["train"]["batch_size"] / speed
+    }
+
+
+def table(runs: dict[tuple[str, str], list[dict[str, float]]]) -> str:
+    """Means over seeds; for top-1, the paired difference from the baseline of the same balance and its error."""
+    names = list(next(iter(runs.values()))[0])
+    lines = [
+        f"| balance | variant | {' | '.join(names)} | top-1 above the baseline |",
+        "|---" * (len(names) + 3) + "|",
+    ]
+    for (balance, variant), seeds in runs.items():
+        means = " | ".join(f"{statistics.mean(seed[name] for seed in seeds):.2f}" for name in names)
+        pairs = [x["top-1"] - y["top-1"] for x, y in zip(seeds, runs[balance, "baseline"], strict=True)]
+        error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.nan
+        gain = "" if variant == "baseline" else f"{statistics.mean(pairs):+.2f} ± {error:.2f}"
+        lines.append(f"| {balance} | {variant} | {means} | {gain} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs what is missing, prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stores", nargs="+")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--balances", nargs="+", choices=METHODS, default=["sum", "mgda"])
+    parser.add_argument("--objective", choices=OBJECTIVES, default="tasks")
+    given = parser.parse_args()
+    variants = ["baseline", *(v for v in given.variants if v != "baseline")]
+    runs = {}
+    for balance, variant in itertools.product(given.balances, variants):
+        folders = [
+            given.output / f"{balance}-{given.objective}-{variant.replace(' + ', '-')}-{seed}"
+            for seed in range(given.seeds)
+        ]
+        for seed, folder in enumerate(folders):
+            run(folder, given.stores, variant, balance, given.objective, seed, given.epochs)
+        runs[balance, variant] = [measured(folder) for folder in folders]
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+// dsr_loss.cpp: ranked-output self-distillation loss on the CPU.
+//
+// Ranking is most of the work. In float, eight rows are ranked side by side, a register of them per class, by a sorting
+// network: the same exchanges for every row, no branch on data. A logit and its class become one double, so that an
+// exchange is a minimum and a maximum, which every instruction set has for doubles. Floors and what is reached:
+// benchmarks/NOTES.md.
+#include "dsr_loss.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+
+#include "reflection_math.h"
+
+namespace xrdfast {
+namespace {
+
+constexpr int kRows = 8;   // ranked side by side; eight doubles are a cache line and an AVX-512 register
+constexpr int kWhole = 16;  // rows are padded to whole AVX-512 registers of floats, so no loop has a tail
+static_assert(kMaxHeadClasses % kWhole == 0, "padding keeps within the workspace");
+
+// e^x for x <= 0, and 0 where the result would be subnormal. Taylor series of degree 7 in |r| <= ln2 / 2 (remainder
+// 5e-9), else as exp_nonpositive in double.
+XRDFAST_INLINE float exp_or_zero(float x) {
+    constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
+    const float bounded = x < -87.0f ? -87.0f : x;
+    const float shifted = bounded * 1.44269504f + kMagic;
+    const float n = shifted - kMagic;
+    const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.0f / 5040.0f;
+    p = p * r + 1.0f / 720.0f;
+    p = p * r + 1.0f / 120.0f;
+    p = p * r + 1.0f / 24.0f;
+    p = p * r + 1.0f / 6.0f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    uint32_t bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    const uint32_t power = (bits + 127u) << 23;
+    float scale;
+    std::memcpy(&scale, &power, sizeof scale);
+    return x < -87.0f ? 0.0f : p * scale;
+}
+XRDFAST_INLINE double exp_or_zero(double x) { return x < -700.0 ? 0.0 : exp_nonpositive(x); }
+
+template <typename Real>
+struct alignas(64) Workspace {
+    Real logits[kRows][kMaxHeadClasses];
+    Real ranked[kRows][kMaxHeadClasses];
+    int16_t order[kRows][kMaxHeadClasses];
+    Real previous[kMaxHeadClasses];
+    Real soft[kMaxHeadClasses], soft_previous[kMaxHeadClasses];  // softmax before normalisation
+    double packed[kMaxHeadClasses * kRows];                      // (classes, kRows)
+};
+
+// A float as an integer of the same order: -0 equals 0, and NaN, whatever its sign, comes last.
+XRDFAST_INLINE int32_t rank_key(float x) {
+    const float value = x + 0.0f;
+    int32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    bits ^= (bits >> 31) & INT32_MAX;
+    return x != x ? INT32_MAX : bits;
+}
+XRDFAST_INLINE float value_of(int32_t key) {
+    key ^= (key >> 31) & INT32_MAX;
+    float x;
+    std::memcpy(&x, &key, sizeof x);
+    return x;
+}
+
+// (key, class) as the integer 1024 key + class, which a double holds exactly, and back through the integer that adding
+// 1.5 * 2^52 leaves in the mantissa.
+constexpr int kClassBits = 10;
+static_assert(kMaxHeadClasses == 1 << kClassBits && kClassBits + 32 < 52, "the pair fits in a mantissa");
+
+XRDFAST_CLONES void pack_rows(Workspace<float>& ws, int n) {
+    for (int j = 0; j < n; ++j)
+        for (int row = 0; row < kRows; ++row)
+            ws.packed[j * kRows + row] = rank_key(ws.logits[row][j]) * static_cast<double>(kMaxHeadClasses) + j;
+}
+
+XRDFAST_CLONES void unpack_rows(Workspace<float>& ws, int n) {
+    for (int j = 0; j < n; ++j)
+        for (int row = 0; row < kRows; ++row) {
+            const double shifted = ws.packed[j * kRows + row] + 6755399441055744.0;
+            uint64_t bits;
+            std::memcpy(&bits, &shifted, sizeof bits);
+            ws.ranked[row][j] = value_of(static_cast<int32_t>(static_cast<uint32_t>(bits >> kClassBits)));
+            ws.order[row][j] = static_cast<int16_t>(bits & (kMaxHeadClasses - 1));
+        }
+}
+
+// Batcher's odd-even merge sort; exchanges with classes past the last, which would hold the largest values, are left
+// out. 3,419 exchanges for 230 classes.
+XRDFAST_CLONES void sort_packed(double* packed, int n) {
+    for (int merged = 1; merged < n; merged *= 2)
+        for (int distance = merged; distance >= 1; distance /= 2)
+            for (int first = distance % merged; first + distance < n; first += 2 * distance) {
+                if (distance < merged && (first + distance) % (2 * merged) == 0) continue;  // of two merges
+                double* __restrict low = packed + first * kRows;
+                double* __restrict high = low + distance * kRows;
+                const int count = std::min(distance, n - first - distance) * kRows;
+#pragma omp simd
+                for (int i = 0; i < count; ++i) {
+                    const double a = low[i], b = high[i];
+                    low[i] = a < b ? a : b;
+                    high[i] = a < b ? b : a;
+                }
+            }
+}
+
+void rank_rows(Workspace<float>& ws, int n, int) {
+    pack_rows(ws, n);
+    sort_packed(ws.packed, n);
+    unpack_rows(ws, n);
+}
+
+// In double, which is there for the tests of the gradient, a key and a class don't fit in one number.
+void rank_rows(Workspace<double>& ws, int n, int n_rows) {
+    for (int row = 0; row < n_rows; ++row) {
+        const double* x = ws.logits[row];
+        int16_t* order = ws.order[row];
+        std::iota(order, order + n, static_cast<int16_t>(0));
+        std::stable_sort(order, order + n,
+                         [x](int16_t a, int16_t b) { return x[a] < x[b] || (x[a] == x[a] && x[b] != x[b]); });
+        for (int j = 0; j < n; ++j) ws.ranked[row][j] = x[order[j]];
+    }
+}
+
+// Exponents (x - largest) / T are at most 0; their exponentials over their sum are a softmax.
+template <typename Real>
+struct Softmax {
+    Real largest, sum;
+};
+
+// exp of the exponents into `soft`, over a padded length.
+template <typename Real>
+XRDFAST_INLINE Softmax<Real> soften_inline(const Real* __restrict x, int n_padded, Real rate, Real* __restrict soft) {
+    Real largest = x[0], sum = 0;
+#pragma omp simd reduction(max : largest)
+    for (int j = 0; j < n_padded; ++j) largest = x[j] > largest ? x[j] : largest;
+#pragma omp simd reduction(+ : sum)
+    for (int j = 0; j < n_padded; ++j) {
+        soft[j] = exp_or_zero((x[j] - largest) * rate);
+        sum += soft[j];
+    }
+    return {largest, sum};
+}
+XRDFAST_CLONES Softmax<float> soften(const float* x, int n_padded, float rate, float* soft) {
+    return soften_inline(x, n_padded, rate, soft);
+}
+XRDFAST_CLONES Softmax<double> soften(const double* x, int n_padded, double rate, double* soft) {
+    return soften_inline(x, n_padded, rate, soft);
+}
+
+// sum_j q_j (log q_j - log p_j). Every term has both normalisers: three sums put together at the end lose a digit.
+template <typename Real>
+XRDFAST_INLINE Real divergence_inline(const Real* __restrict x, const Softmax<Real>& p, const Real* __restrict y,
+                                      const Softmax<Real>& q, const Real* __restrict soft_q, int n_padded, Real rate) {
+    const Real log_sums = std::log(p.sum / q.sum);
+    Real weighted = 0;
+#pragma omp simd reduction(+ : weighted)
+    for (int j = 0; j < n_padded; ++j) {
+        const Real ratio = (y[j] - q.largest) * rate - (x[j] - p.largest) * rate + log_sums;
+        weighted += soft_q[j] == 0 ? 0 : soft_q[j] * ratio;
+    }
+    return weighted / q.sum;
+}
+XRDFAST_CLONES float divergence(const float* x, const Softmax<float>& p, const float* y, const Softmax<float>& q,
+                                const float* soft_q, int n_padded, float rate) {
+    return divergence_inline(x, p, y, q, soft_q, n_padded, rate);
+}
+XRDFAST_CLONES double divergence(const double* x, const Softmax<double>& p, const double* y, const Softmax<double>& q,
+                                 const double* soft_q, int n_padded, double rate) {
+    return divergence_inline(x, p, y, q, soft_q, n_padded, rate);
+}
+
+// A row of a head, then -infinity, whose share of a softmax is 0, up to a whole register.
+template <typename Element, typename Real>
+int load_padded(const Element* row, int n, Real* out) {
+    const int n_padded = (n + kWhole - 1) / kWhole * kWhole;
+    for (int j = 0; j < n; ++j) out[j] = static_cast<Real>(row[j]);
+    std::fill(out + n, out + n_padded, -std::numeric_limits<Real>::infinity());
+    return n_padded;
+}
+
+template <typename Element, typename Real = typename DsrLossParams<Element>::Real>
+void forward_rows(const DsrLossParams<Element>& p, int64_t begin, int n_rows, Workspace<Real>& ws) {
+    const Real rate = 1 / p.temperature;
+    for (int head = 0; head < p.n_heads; ++head) {
+        const int64_t first = p.class_offset[head];
+        const int n = static_cast<int>(p.class_offset[head + 1] - first);
+        for (int row = 0; row < kRows; ++row) {  // a short last group ranks its last row more than once
+            const Element* logits = p.logits + (begin + std::min(row, n_rows - 1)) * p.logits_stride + first;
+            for (int j = 0; j < n; ++j) ws.logits[row][j] = static_cast<Real>(logits[j]);
+        }
+        rank_rows(ws, n, n_rows);
+        for (int row = 0; row < n_rows; ++row) {
+            const int64_t pattern = begin + row;
+            Real* ranked = ws.ranked[row];
+            Element* ranked_out = p.ranked + pattern * p.n_classes + first;
+            for (int j = 0; j < n; ++j) ranked_out[j] = static_cast<Element>(ranked[j]);
+            std::copy_n(ws.order[row], n, p.order + pattern * p.n_classes + first);
+            const int n_padded = load_padded(ranked, n, ranked);
+            const Real* previous = ranked;
+            if (p.previous_ranked) {
+                load_padded(p.previous_ranked + pattern * p.previous_stride + first, n, ws.previous);
+                previous = ws.previous;
+            }
+            const Softmax<Real> softmax = soften(ranked, n_padded, rate, ws.soft);
+            const Softmax<Real> softmax_previous = soften(previous, n_padded, rate, ws.soft_previous);
+            p.loss[pattern * p.n_heads + head] =
+                p.temperature * p.temperature *
+                divergence(ranked, softmax, previous, softmax_previous, ws.soft_previous, n_padded, rate);
+        }
+    }
+}
+
+// dL/dz[order[j]] = T (p_j - q_j) dL/dloss
+template <typename Element, typename Real = typename DsrLossParams<Element>::Real>
+void backward_row(const DsrLossParams<Element>& p, int64_t pattern, Workspace<Real>& ws) {
+    const Real rate = 1 / p.temperature;
+    for (int head = 0; head < p.n_heads; ++head) {
+        const int64_t first = p.class_offset[head], at = pattern * p.n_classes + first;
+        const int n = static_cast<int>(p.class_offset[head + 1] - first);
+        const int n_padded = load_padded(p.ranked + at, n, ws.ranked[0]);
+        load_padded(p.previous_ranked + pattern * p.previous_stride + first, n, ws.previous);
+        const Real grad = p.temperature *
+                          p.grad_loss[pattern * p.grad_pattern_stride + head * p.grad_head_stride];
+        const Real scale = grad / soften(ws.ranked[0], n_padded, rate, ws.soft).sum;
+        const Real scale_previous = grad / soften(ws.previous, n_padded, rate, ws.soft_previous).sum;
+        for (int j = 0; j < n; ++j) {
+            const uint16_t to = static_cast<uint16_t>(p.order[at + j]);
+            if (to < n)  // whatever came as an order
+                p.grad_logits[at + to] =
+                    static_cast<Element>(ws.soft[j] * scale - ws.soft_previous[j] * scale_previous);
+        }
+    }
+}
+
+}  // namespace
+
+template <typename Element>
+void dsr_loss_forward_cpu(const DsrLossParams<Element>& params, int n_threads) {
+    const int64_t n_groups = (params.n_patterns + kRows - 1) / kRows;
+#pragma omp parallel for num_threads(n_threads) if (n_groups > 1 && n_threads > 1)
+    for (int64_t group = 0; group < n_groups; ++group) {
+        static thread_local Workspace<typename DsrLossParams<Element>::Real> ws;
+        const int64_t begin = group * kRows;
+        forward_rows(params, begin, static_cast<int>(std::min<int64_t>(kRows, params.n_patterns - begin)), ws);
+    }
+}
+
+template <typename Element>
+void dsr_loss_backward_cpu(const DsrLossParams<Element>& params, int n_threads) {
+#pragma omp parallel for num_threads(n_threads) if (params.n_patterns > kRows && n_threads > 1)
+    for (int64_t pattern = 0; pattern < params.n_patterns; ++pattern) {
+        static thread_local Workspace<typename DsrLossParams<Element>::Real> ws;
+        backward_row(params, pattern, ws);
+    }
+}
+
+template void dsr_loss_forward_cpu(const DsrLossParams<float>&, int);
+template void dsr_loss_forward_cpu(const DsrLossParams<double>&, int);
+template void dsr_loss_forward_cpu(const DsrLossParams<BFloat16>&, int);
+template void dsr_loss_backward_cpu(const DsrLossParams<float>&, int);
+template void dsr_loss_backward_cpu(const DsrLossParams<double>&, int);
+template void dsr_loss_backward_cpu(const DsrLossParams<BFloat16>&, int);
+
+}  // namespace xrdfast

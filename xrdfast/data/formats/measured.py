@@ -1,0 +1,121 @@
+"""What every reader of a format hands over: the scans of a file, each with its title and stated radiation.
+
+Not for judging points (`xrdfast.data.scans`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xrdfast.bragg import Radiation, radiation_of, radiation_of_lines
+
+MAX_SCANS = 4096
+Points = tuple[NDArray[np.float64], NDArray[np.float64]]  # 2theta in degrees, intensity; (n_points,) each
+
+_HEADER = 1 << 16  # characters in which a text states its wavelength
+_PLAUSIBLE = (0.05, 10.0)  # Angstrom: what diffraction is done with
+_TITLE = 200
+_WAVELENGTH = re.compile(
+    r"(?:wave[ _-]*length|\blambda|λ)[^0-9\n]{0,40}?(\d{0,3}\.\d+)[ \t]*(nm|pm)?", re.IGNORECASE
+)
+_UNITS = {"nm": 10.0, "pm": 0.01}
+# Ge(220), 2xGe111, Si (111): crystals that let K-alpha 1 pass alone. Not the mirror W/Si.
+_SPLITTING_CRYSTAL = re.compile(r"(?:Ge|Si)\s*\(?\s*\d{3}")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One scan of a file, its points still to be read.
+
+    Attributes:
+        title: as the file has it, on one line; may be empty.
+        radiation: as the file states it; None where it does not.
+        points: reads 2theta (degrees, as in the file) and intensity. Raises InputError.
+    """
+
+    title: str
+    radiation: Radiation | None
+    points: Callable[[], Points]
+
+
+def one_line(text: str | bytes) -> str:
+    r"""Text of a header without control characters, cut short.
+
+    Example:
+        >>> one_line(b"LaB6 \n run\x00 3")
+        'LaB6 run 3'
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "replace")
+    shown = "".join(c if c.isprintable() else " " for c in text[: 10 * _TITLE])
+    return " ".join(shown.split())[:_TITLE]
+
+
+def number_of(text: str | bytes | None) -> float:
+    """A number, NaN where there is none.
+
+    Example:
+        >>> number_of(" 1.5406 "), number_of("unknown"), number_of(None)
+        (1.5406, nan, nan)
+    """
+    try:
+        return float(text) if text else math.nan
+    except ValueError:
+        return math.nan
+
+
+def as_written(value: float) -> float:
+    """The decimal that a single-precision number of a binary header was: 15.985, not 15.984999656677246."""
+    return float(f"{value:.7g}")
+
+
+def stated_radiation(first: float, second: float = 0.0, ratio: float = 0.5) -> Radiation | None:
+    """Radiation of the lines a header lists; None where it lists none that diffraction is done with.
+
+    Args:
+        first: Angstrom, K-alpha 1 or the only line; NaN for none.
+        second: Angstrom, K-alpha 2; 0 or NaN for none.
+        ratio: of their intensities; 0 says that the second was removed.
+    """
+    if not _PLAUSIBLE[0] <= first <= _PLAUSIBLE[1]:
+        return None
+    first = as_written(first)
+    return radiation_of(first) if ratio == 0.0 else radiation_of_lines(first, second)
+
+
+def first_line_alone(radiation: Radiation | None) -> Radiation | None:
+    """The same without its K-alpha 2, where a monochromator took that away."""
+    return (
+        Radiation(radiation.wavelength, f"{radiation.name}1")
+        if radiation and radiation.is_doublet
+        else radiation
+    )
+
+
+def splits_doublet(monochromator: str) -> bool:
+    """Whether a monochromator of this name lets K-alpha 1 pass alone.
+
+    Example:
+        >>> splits_doublet("Hybrid monochr. 2xGe(220) Cu asym."), splits_doublet("flat graphite")
+        (True, False)
+    """
+    return bool(_SPLITTING_CRYSTAL.search(monochromator))
+
+
+def radiation_in_text(text: str) -> Radiation | None:
+    """A wavelength written out in a header: `# Calibrated wavelength = 0.413529`, `lambda= 1.494`.
+
+    Example:
+        >>> radiation_in_text("lambda=  1.49400, T= 300").wavelength
+        1.494
+        >>> radiation_in_text("wavelength (nm) and counts") is None
+        True
+    """
+    match = _WAVELENGTH.search(text[:_HEADER])
+    return stated_radiation(float(match[1]) * _UNITS.get((match[2] or "").lower(), 1.0)) if match else None
