@@ -10,8 +10,8 @@ from benchmarks.paired import paired
 from benchmarks.real_patterns import stick_batch
 from tests.models.published_reference import ResTcn, grid_angle
 from xrdfast.models.encoder import PADDED_POOLS, LocalBranch
-from xrdfast.ops import peak_conv
-from xrdfast.ops.peak_conv import plan_rows
+from xrdfast.ops import peak_plan
+from xrdfast.ops.peak_plan import plan_rows
 
 PADDINGS = [int(i in PADDED_POOLS) for i in range(13)]
 
@@ -68,8 +68,8 @@ def test_switch(benchmark, row, threads, monkeypatch, stage: int, share: float, 
     intensity = torch.zeros(n_patterns, length)
     n_segments = int((share * n_patterns - 1) * length / n_patterns / 7)
     intensity[:, torch.linspace(2, length - 3, n_segments).long()] = 50.0
-    monkeypatch.setattr(peak_conv, "PACKED_SHARE", 1.0)
-    monkeypatch.setattr(peak_conv, "MAX_GAP", 0)
+    monkeypatch.setattr(peak_plan, "PACKED_SHARE", 1.0)
+    monkeypatch.setattr(peak_plan, "MAX_GAP", 0)
     block: nn.Module = LocalBranch(32, 0.0).blocks[stage].train(training)
     packed, dense = (plan_rows(intensity, [0], packed_stages=n).stages[0] for n in (1, 0))
     n_rows = len(packed.count)

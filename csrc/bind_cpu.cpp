@@ -9,9 +9,12 @@
 #include "bind_dsr_loss.h"
 #include "peak_attention.h"
 #include "peak_conv.h"
+#include "peak_norm.h"
+#include "peak_plan.h"
 #include "render.h"
 #include "render_patterns.h"
 #include "simulate.h"
+#include "winograd.h"
 
 namespace py = pybind11;
 using namespace xrdfast;

@@ -9,7 +9,7 @@
 #include "preprocess.h"
 #include "bind_dsr_loss.h"
 #include "peak_attention.h"
-#include "peak_conv.h"
+#include "peak_norm.h"
 #include "render.h"
 #include "render_patterns.h"
 #include "simulate.h"
@@ -244,7 +244,7 @@ PYBIND11_MODULE(XRDFAST_MODULE, m) {
         unlocked);
     bind_peak_attention<float, float>(m, "float32");
     bind_peak_attention<double, double>(m, "float64");
-    bind_peak_attention<float, Bfloat16>(m, "bfloat16");
+    bind_peak_attention<float, BFloat16>(m, "bfloat16");
     bind_peak_conv<float>(m, "float32");
     bind_peak_conv<double>(m, "float64");
     define_dsr_loss_cuda<float>(m, "float32");

@@ -176,13 +176,17 @@ XRDFAST_CLONES double divergence(const double* x, const Softmax<double>& p, cons
     return divergence_inline(x, p, y, q, soft_q, n_padded, rate);
 }
 
-// A row of a head, then -infinity, whose share of a softmax is 0, up to a whole register.
-template <typename Element, typename Real>
-int load_padded(const Element* row, int n, Real* out) {
+// Lengthens a row to whole registers with -infinity, whose share of a softmax is 0; returns the length.
+template <typename Real>
+int pad(Real* row, int n) {
     const int n_padded = (n + kWhole - 1) / kWhole * kWhole;
-    for (int j = 0; j < n; ++j) out[j] = static_cast<Real>(row[j]);
-    std::fill(out + n, out + n_padded, -std::numeric_limits<Real>::infinity());
+    std::fill(row + n, row + n_padded, -std::numeric_limits<Real>::infinity());
     return n_padded;
+}
+
+template <typename From, typename To>
+void convert(const From* __restrict from, int n, To* __restrict to) {
+    for (int j = 0; j < n; ++j) to[j] = static_cast<To>(from[j]);
 }
 
 template <typename Element, typename Real = typename DsrLossParams<Element>::Real>
@@ -192,20 +196,20 @@ void forward_rows(const DsrLossParams<Element>& p, int64_t begin, int n_rows, Wo
         const int64_t first = p.class_offset[head];
         const int n = static_cast<int>(p.class_offset[head + 1] - first);
         for (int row = 0; row < kRows; ++row) {  // a short last group ranks its last row more than once
-            const Element* logits = p.logits + (begin + std::min(row, n_rows - 1)) * p.logits_stride + first;
-            for (int j = 0; j < n; ++j) ws.logits[row][j] = static_cast<Real>(logits[j]);
+            const int64_t pattern = begin + std::min(row, n_rows - 1);
+            convert(p.logits + pattern * p.logits_stride + first, n, ws.logits[row]);
         }
         rank_rows(ws, n, n_rows);
         for (int row = 0; row < n_rows; ++row) {
             const int64_t pattern = begin + row;
             Real* ranked = ws.ranked[row];
-            Element* ranked_out = p.ranked + pattern * p.n_classes + first;
-            for (int j = 0; j < n; ++j) ranked_out[j] = static_cast<Element>(ranked[j]);
+            convert(ranked, n, p.ranked + pattern * p.n_classes + first);
             std::copy_n(ws.order[row], n, p.order + pattern * p.n_classes + first);
-            const int n_padded = load_padded(ranked, n, ranked);
+            const int n_padded = pad(ranked, n);
             const Real* previous = ranked;
             if (p.previous_ranked) {
-                load_padded(p.previous_ranked + pattern * p.previous_stride + first, n, ws.previous);
+                convert(p.previous_ranked + pattern * p.previous_stride + first, n, ws.previous);
+                pad(ws.previous, n);
                 previous = ws.previous;
             }
             const Softmax<Real> softmax = soften(ranked, n_padded, rate, ws.soft);
@@ -224,8 +228,10 @@ void backward_row(const DsrLossParams<Element>& p, int64_t pattern, Workspace<Re
     for (int head = 0; head < p.n_heads; ++head) {
         const int64_t first = p.class_offset[head], at = pattern * p.n_classes + first;
         const int n = static_cast<int>(p.class_offset[head + 1] - first);
-        const int n_padded = load_padded(p.ranked + at, n, ws.ranked[0]);
-        load_padded(p.previous_ranked + pattern * p.previous_stride + first, n, ws.previous);
+        convert(p.ranked + at, n, ws.ranked[0]);
+        convert(p.previous_ranked + pattern * p.previous_stride + first, n, ws.previous);
+        const int n_padded = pad(ws.ranked[0], n);
+        pad(ws.previous, n);
         const Real grad = p.temperature *
                           p.grad_loss[pattern * p.grad_pattern_stride + head * p.grad_head_stride];
         const Real scale = grad / soften(ws.ranked[0], n_padded, rate, ws.soft).sum;

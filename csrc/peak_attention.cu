@@ -6,9 +6,9 @@
 #include "xrd_cuda.h"
 
 #include <cmath>
-#include <cstring>
 #include <type_traits>
 
+#include "bfloat16.h"
 #include "block_reduce.cuh"
 #include "peak_attention.h"
 
@@ -41,25 +41,16 @@ __device__ __forceinline__ double exponential(double x) { return exp(x); }
 __device__ __forceinline__ float logarithm(float x) { return logf(x); }
 __device__ __forceinline__ double logarithm(double x) { return log(x); }
 
+// What a stored number is worth, and how one is stored.
 template <typename T>
 __device__ __forceinline__ T widened(T x) {
     return x;
 }
-__device__ __forceinline__ float widened(Bfloat16 x) {
-    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
+__device__ __forceinline__ float widened(BFloat16 x) { return x; }
 
-template <typename T>
-__device__ __forceinline__ void put(T* to, T x) {
-    *to = x;
-}
-__device__ __forceinline__ void put(Bfloat16* to, float x) {  // to nearest, ties to even
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    to->bits = static_cast<uint16_t>(x != x ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+template <typename S, typename T>
+__device__ __forceinline__ void put(S* to, T x) {
+    *to = S(x);
 }
 
 // A thread's part of a row: pack i of thread `part` is the row's pack i * kSplit + part, so that neighbours read
@@ -365,9 +356,9 @@ int peak_attention_backward_cuda(const PeakAttentionBackwardParams<T, S>& params
 
 template int peak_attention_forward_cuda(const PeakAttentionParams<float, float>&, void*);
 template int peak_attention_forward_cuda(const PeakAttentionParams<double, double>&, void*);
-template int peak_attention_forward_cuda(const PeakAttentionParams<float, Bfloat16>&, void*);
+template int peak_attention_forward_cuda(const PeakAttentionParams<float, BFloat16>&, void*);
 template int peak_attention_backward_cuda(const PeakAttentionBackwardParams<float, float>&, float*, void*);
 template int peak_attention_backward_cuda(const PeakAttentionBackwardParams<double, double>&, double*, void*);
-template int peak_attention_backward_cuda(const PeakAttentionBackwardParams<float, Bfloat16>&, float*, void*);
+template int peak_attention_backward_cuda(const PeakAttentionBackwardParams<float, BFloat16>&, float*, void*);
 
 }  // namespace xrdfast

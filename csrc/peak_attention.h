@@ -65,13 +65,8 @@ void peak_attention_backward_cpu(const PeakAttentionBackwardParams<T>& params, i
 template <typename T>
 void encode_patches_cpu(const EncodePatchesParams<T>& params, int n_threads);
 
-// bfloat16 by its bits, so that the emulator needs no CUDA header.
-struct Bfloat16 {
-    uint16_t bits;
-};
-
 // These return a cudaError_t as int; `stream` is a cudaStream_t. (T, S) is (float, float), (double, double) or
-// (float, Bfloat16). `delta` is (n_patterns, n_patches) of scratch.
+// (float, BFloat16). `delta` is (n_patterns, n_patches) of scratch.
 template <typename T, typename S>
 int peak_attention_forward_cuda(const PeakAttentionParams<T, S>& params, void* stream);
 template <typename T, typename S>

@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 from pymatgen.core import Lattice, Structure
 
+from tests.data.formats_written import uxd
 from tests.training.tiny import presets, write_cubic_store
 from xrdfast import _native
 from xrdfast.cli import cli
@@ -379,3 +380,8 @@ def test_structure_round_trip(tmp_path, model):
     answer = json.loads(succeed("predict", scan_file, "--model", model, "--json", "--radiation", "CuKa1"))
     assert answer["kind"] == "scan" and "peaks" in " ".join(answer["notes"])
     assert answer["wavelength_source"] == "given"
+    several = tmp_path / "several.uxd"
+    several.write_bytes(uxd("_2THETACOUNTS") * 2)
+    assert "a file of 2: 0 (a sample, 12 points" in refuse("predict", several, "--model", model)
+    answer = json.loads(succeed("predict", several, "--model", model, "--json", "--scan", 1))
+    assert answer["kind"] == "sticks" and answer["wavelength_source"] == "file"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 import torch
 from pymatgen.core import Lattice, Structure
 
+from tests.data.formats_written import raw3
 from xrdfast.bragg import convert_two_theta, radiations
 from xrdfast.data.structures import from_pymatgen
 from xrdfast.errors import InputError
@@ -113,6 +116,33 @@ def test_doublet_of_a_scan(predictor):
     # Every line once, at its place for K-alpha 1: satellites that stand apart are gone.
     assert len(answer.pattern.two_theta) == len(LINES)
     np.testing.assert_allclose(answer.pattern.two_theta, LINES[:, 0], atol=0.04)
+
+
+def raw3_of(two_theta: np.ndarray, intensity: np.ndarray, n_ranges: int) -> bytes:
+    """The scan as a Bruker file, once a range, with its copper doublet stated."""
+    data = bytearray(raw3(n_ranges=1)[: 712 + 304])
+    struct.pack_into("<I", data, 12, n_ranges)
+    struct.pack_into("<I", data, 712 + 4, len(two_theta))
+    struct.pack_into("<d", data, 712 + 16, two_theta[0])
+    struct.pack_into("<d", data, 712 + 176, two_theta[1] - two_theta[0])
+    return bytes(data[:712]) + (bytes(data[712:]) + intensity.astype("<f4").tobytes()) * n_ranges
+
+
+def test_the_file_states_the_wavelength(tmp_path, predictor):
+    x, y = scan_of(LINES, second=radiations()["CuKa2"])
+    path = tmp_path / "scan.raw"
+    path.write_bytes(raw3_of(x, y, 1))
+    answer = predictor.predict_file(path, wavelength=0.7)
+    assert answer.wavelength_source == "file" and answer.kind == "scan"
+    assert answer.wavelength == radiations()["CuKa1"]
+    assert "the wavelength given, 0.7, is not the file's, 1.5406, which was kept" in answer.notes
+    assert any("K-alpha 2 satellites" in note for note in answer.notes)
+    expected = predictor.predict_scan(x, y.astype(np.float32), wavelength="CuKa")
+    np.testing.assert_array_equal(answer.pattern.two_theta, expected.pattern.two_theta)
+    path.write_bytes(raw3_of(x, y, 2))
+    with pytest.raises(InputError, match=r"scan: must be chosen in a file of 2: 0 \("):
+        predictor.predict_file(path)
+    assert predictor.predict_file(path, scan=1).candidates == answer.candidates
 
 
 def test_files_choose_their_kind(tmp_path, predictor):

@@ -23,7 +23,7 @@ from xrdfast.data.peaks import find_peaks, is_scan
 from xrdfast.data.scans import read
 from xrdfast.data.store import PatternStore
 from xrdfast.data.structures import PackedStructures, analyse_symmetry, load_structures
-from xrdfast.errors import InputError
+from xrdfast.errors import InputError, shown_path
 from xrdfast.lines import simulate_structure_lines
 from xrdfast.models import SymmetryModel
 from xrdfast.ops.render import sticks_to_grid
@@ -239,7 +239,7 @@ class SymmetryPredictor:
                 measured.two_theta, measured.intensity, wavelength=known, n_candidates=n_candidates
             )
         except ValueError as error:
-            raise InputError(f"{path}: {error}") from error
+            raise InputError(f"{shown_path(path)}: {error}") from error
         return dataclasses.replace(
             answer, wavelength_source=measured.wavelength_source, notes=(*measured.notes, *answer.notes)
         )

@@ -14,7 +14,7 @@
 
 #include "dsr_loss.h"
 #include "peak_attention.h"
-#include "peak_conv.h"
+#include "peak_norm.h"
 #include "render.h"
 #include "render_patterns.h"
 #include "simulate.h"
@@ -233,26 +233,6 @@ void check_sticks(const Found& found, int64_t n_patterns) {
     }
 }
 
-double value_of(double x) { return x; }
-double value_of(float x) { return x; }
-double value_of(Bfloat16 x) {
-    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-template <typename S>
-S stored(double x) {
-    return static_cast<S>(x);
-}
-template <>
-Bfloat16 stored<Bfloat16>(double x) {
-    const float value = static_cast<float>(x);
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return {static_cast<uint16_t>(bits >> 16)};
-}
-
 // The first pattern has no active patch, the others one in three.
 template <typename T, typename S>
 void check_attention(int64_t n_patterns, int64_t n, int64_t width, double tolerance) {
@@ -261,7 +241,7 @@ void check_attention(int64_t n_patterns, int64_t n, int64_t width, double tolera
     const int64_t size = n_patterns * n * width;
     std::vector<S> query, key, value, grad, output(size), grad_query(size), grad_key(size), grad_value(size);
     for (auto* x : {&query, &key, &value, &grad})
-        for (int64_t i = 0; i < size; ++i) x->push_back(stored<S>(normal(random)));
+        for (int64_t i = 0; i < size; ++i) x->push_back(S(normal(random)));
     std::vector<T> logsumexp(n_patterns * n), delta(n_patterns * n);
     std::vector<char> flag(n_patterns * n);
     for (int64_t i = n; i < n_patterns * n; ++i) flag[i] = i % 3 == 0;
@@ -278,7 +258,7 @@ void check_attention(int64_t n_patterns, int64_t n, int64_t width, double tolera
         const auto dot = [&](const std::vector<S>& a, int64_t i, const std::vector<S>& b, int64_t j) {
             double sum = 0.0;
             for (int64_t f = 0; f < width; ++f)
-                sum += value_of(a[start + i * width + f]) * value_of(b[start + j * width + f]);
+                sum += static_cast<double>(a[start + i * width + f]) * static_cast<double>(b[start + j * width + f]);
             return sum;
         };
         std::vector<double> want[4];  // output and gradients to query, key, value
@@ -295,10 +275,10 @@ void check_attention(int64_t n_patterns, int64_t n, int64_t width, double tolera
             for (int64_t j = 0; j < n; ++j) {
                 const double d = scale * p[j] * (dot(grad, i, value, j) - mean);
                 for (int64_t f = 0; f < width; ++f) {
-                    want[0][i * width + f] += p[j] * value_of(value[start + j * width + f]);
-                    want[1][i * width + f] += d * value_of(key[start + j * width + f]);
-                    want[2][j * width + f] += d * value_of(query[start + i * width + f]);
-                    want[3][j * width + f] += p[j] * value_of(grad[start + i * width + f]);
+                    want[0][i * width + f] += p[j] * static_cast<double>(value[start + j * width + f]);
+                    want[1][i * width + f] += d * static_cast<double>(key[start + j * width + f]);
+                    want[2][j * width + f] += d * static_cast<double>(query[start + i * width + f]);
+                    want[3][j * width + f] += p[j] * static_cast<double>(grad[start + i * width + f]);
                 }
             }
         }
@@ -306,7 +286,7 @@ void check_attention(int64_t n_patterns, int64_t n, int64_t width, double tolera
         const char* name[4] = {"attention", "gradient to query", "gradient to key", "gradient to value"};
         for (int x = 0; x < 4; ++x)
             for (int64_t i = 0; i < n * width; ++i) {
-                const double found = value_of((*got[x])[start + i]);
+                const double found = static_cast<double>((*got[x])[start + i]);
                 expect(std::fabs(found - want[x][i]) <= tolerance * (1.0 + std::fabs(want[x][i])), name[x], found,
                        want[x][i]);
             }
@@ -521,7 +501,7 @@ int main(int count, char** values) {
         check_attention<double, double>(2, 37, width, 1e-12);
     }
     check_attention<float, float>(2, 131, 32, 1e-5);  // two tiles of rows, five of shared memory
-    check_attention<float, Bfloat16>(2, 37, 32, 3e-2);
+    check_attention<float, BFloat16>(2, 37, 32, 3e-2);
 #if defined(__SANITIZE_THREAD__)  // making a fiber takes a hundred times as long there
     check_norm(41, 5, true, true);
 #else

@@ -20,11 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 EPSILON = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}
 
 
-@pytest.fixture(scope="module")
-def emulated():
-    return _native._load("_emu", _native.build_module("_emu", emulator=ROOT / "tests" / "emulation"))
-
-
 @pytest.fixture(params=["cpu", "0", "1", "7"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Callable, Callable]:
     """Forward and backward of the CPU, and of the device code in three thread orders."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -12,8 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xrdfast import _native
-from xrdfast.ops import peak_conv as ops
-from xrdfast.ops.peak_conv import peak_conv, peak_norm, plan_rows, plan_rows_reference
+from xrdfast.ops import peak_conv as conv_ops
+from xrdfast.ops import peak_norm as norm_ops
+from xrdfast.ops.peak_conv import peak_conv
+from xrdfast.ops.peak_norm import peak_norm
+from xrdfast.ops.peak_plan import Stage, plan_rows, plan_rows_reference
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WIDTHS = (2, 8, 8, 20)
@@ -90,7 +92,7 @@ def by_layers(intensity: Tensor, blocks: list[dict[str, Tensor]], batch: bool) -
 
 def by_rows(
     intensity: Tensor, blocks: list[dict[str, Tensor]], batch: bool, packed_stages: int
-) -> tuple[Tensor, list[Tensor], list[ops.Stage]]:
+) -> tuple[Tensor, list[Tensor], list[Stage]]:
     """The same stack through the operators."""
     plan = plan_rows(intensity, PADDINGS, packed_stages=packed_stages)
     sine = position_channel(intensity.shape[1], intensity.dtype)
@@ -197,7 +199,7 @@ def test_a_gradient_of_the_intensities_is_had_at_every_point() -> None:
 
 def norm_case(
     seed: int, n_channels: int, pool: str | None, packed: bool, dtype: torch.dtype = torch.float64
-) -> tuple[ops.Stage, list[Tensor]]:
+) -> tuple[Stage, list[Tensor]]:
     """A stage and random h, gamma, beta, residual; a quarter of the numbers are shared, so that maxima tie."""
     intensity = sticks(7, 200)
     stage = plan_rows(intensity, (0, 1), packed_stages=1 if packed else 0).stages[
@@ -212,9 +214,7 @@ def norm_case(
     return stage, tensors
 
 
-def norm_call(
-    stage: ops.Stage, tensors: list[Tensor], pool: str | None, batch: bool, residual: bool
-) -> tuple:
+def norm_call(stage: Stage, tensors: list[Tensor], pool: str | None, batch: bool, residual: bool) -> tuple:
     """Arguments of the operator itself."""
     h, gamma, beta, rest = tensors
     statistics = (None, None) if batch else (0.1 * beta, gamma.abs() + 0.5)
@@ -246,10 +246,29 @@ def all_of_norm(forward, backward, arguments: tuple, grad_seed: int = 9) -> list
 def test_norm_equals_the_reference(n_channels: int, pool, packed: bool, batch: bool, residual: bool) -> None:
     stage, tensors = norm_case(5, n_channels, pool, packed)
     arguments = norm_call(stage, tensors, pool, batch, residual)
-    want = all_of_norm(ops.peak_norm_reference, ops.peak_norm_backward_reference, arguments)
-    got = all_of_norm(ops._norm_cpu, ops._norm_backward_cpu, arguments)
+    want = all_of_norm(norm_ops.peak_norm_reference, norm_ops.peak_norm_backward_reference, arguments)
+    got = all_of_norm(norm_ops._norm_cpu, norm_ops._norm_backward_cpu, arguments)
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("pool", [None, "max", "mean"])
+def test_blank_rows_where_every_pattern_has_its_own_pass_gradients(pool) -> None:
+    """They stand for no sample, but for the inputs of the blank rows beside them."""
+    intensity = torch.zeros(2, 300, dtype=torch.float64)
+    intensity[:, 150] = 1.0
+    stage = plan_rows(intensity, (0, 0), packed_stages=2).stages[0]
+    assert stage.count is not None
+    covered = stage.n_touched + 1 + 150
+    assert stage.count[covered] == 0
+    tensors = [torch.randn(s, 5, generator=rng(3), dtype=torch.float64) for s in (len(stage.count), 1, 1)]
+    h, gamma, beta = tensors[0], tensors[1][0], tensors[2][0]
+    arguments = norm_call(stage, [h, gamma, beta, h.flip(0)], pool, True, True)
+    want = all_of_norm(norm_ops.peak_norm_reference, norm_ops.peak_norm_backward_reference, arguments)
+    got = all_of_norm(norm_ops._norm_cpu, norm_ops._norm_backward_cpu, arguments)
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+    assert float(got[3][covered].abs().max()) > 0
 
 
 @pytest.mark.parametrize("shift", [0, 1, 3, -1, -4, 50, 120])
@@ -276,14 +295,14 @@ def test_convolution_equals_the_reference(dtype, n_rows: int, n_in: int, n_out: 
     )
     x, w = x[:, ::2], w.permute(2, 1, 0)
     single = [t.to(dtype) for t in (x, w, g)]
-    want = [ops.peak_conv_reference(x, w, shift), ops.peak_conv_weight_reference(x, g, abs(shift))]
+    want = [conv_ops.peak_conv_reference(x, w, shift), conv_ops.peak_conv_weight_reference(x, g, abs(shift))]
     plain = [
-        ops.peak_conv_reference(single[0], single[1], shift),
-        ops.peak_conv_weight_reference(single[0], single[2], abs(shift)),
+        conv_ops.peak_conv_reference(single[0], single[1], shift),
+        conv_ops.peak_conv_weight_reference(single[0], single[2], abs(shift)),
     ]
     got = [
-        ops._conv_cpu(single[0], single[1], shift),
-        ops._conv_weight_cpu(single[0], single[2], abs(shift)),
+        conv_ops._conv_cpu(single[0], single[1], shift),
+        conv_ops._conv_weight_cpu(single[0], single[2], abs(shift)),
     ]
     epsilon = torch.finfo(dtype).eps
     for mine, usual, exact in zip(got, plain, want, strict=True):
@@ -313,8 +332,8 @@ def test_a_whole_stage_equals_its_parts(
     exact = [torch.randn(*s, generator=generator, dtype=torch.float64) / max(1, s[0]) ** 0.25 for s in shapes]
     results = []
     for kind, run in (
-        (torch.float64, ops.peak_stage_reference),
-        (dtype, ops.peak_stage_reference),
+        (torch.float64, conv_ops.peak_stage_reference),
+        (dtype, conv_ops.peak_stage_reference),
         (dtype, torch.ops.xrdfast.peak_stage),
     ):
         x, first, second, widen, *channels = (t.to(kind) for t in exact)
@@ -336,9 +355,9 @@ def test_numbers_do_not_depend_on_threads() -> None:
             torch.set_num_threads(n)
             results.append(
                 [
-                    *all_of_norm(ops._norm_cpu, ops._norm_backward_cpu, arguments),
-                    ops._conv_cpu(x, w, 1),
-                    ops._conv_weight_cpu(x, g, 1),
+                    *all_of_norm(norm_ops._norm_cpu, norm_ops._norm_backward_cpu, arguments),
+                    conv_ops._conv_cpu(x, w, 1),
+                    conv_ops._conv_weight_cpu(x, g, 1),
                 ]
             )
     finally:
@@ -415,7 +434,7 @@ def test_nan_and_infinity_pass_as_in_the_reference() -> None:
     tensors[0][5, 0], tensors[0][9, 1], tensors[0][14, 2] = torch.nan, torch.inf, -torch.inf
     for batch in (False, True):
         arguments = norm_call(stage, tensors, "max", batch, True)
-        got, want = ops._norm_cpu(*arguments), ops.peak_norm_reference(*arguments)
+        got, want = norm_ops._norm_cpu(*arguments), norm_ops.peak_norm_reference(*arguments)
         torch.testing.assert_close(got[0], want[0], rtol=1e-11, atol=1e-11, equal_nan=True)
         for mine, theirs in zip(got[1:], want[1:], strict=True):
             assert torch.equal(mine.isfinite(), theirs.isfinite())
@@ -475,11 +494,6 @@ def bad_norm(**changed) -> None:
     peak_norm(given.pop("h"), given.pop("gamma"), given.pop("beta"), stage, **given)
 
 
-@pytest.fixture(scope="module")
-def emulated() -> ModuleType:
-    return _native._load("_emu", _native.build_module("_emu", emulator=ROOT / "tests" / "emulation"))
-
-
 @pytest.mark.parametrize("order", ["0", "1", "7"])
 @pytest.mark.parametrize(("pool", "packed", "batch", "residual"), CASES)
 def test_device_code_equals_the_reference(
@@ -489,10 +503,10 @@ def test_device_code_equals_the_reference(
     monkeypatch.setenv("CUEMU_ORDER", order)
     stage, tensors = norm_case(5, 35, pool, packed)
     arguments = norm_call(stage, tensors, pool, batch, residual)
-    want = all_of_norm(ops.peak_norm_reference, ops.peak_norm_backward_reference, arguments)
+    want = all_of_norm(norm_ops.peak_norm_reference, norm_ops.peak_norm_backward_reference, arguments)
     got = all_of_norm(
-        lambda *a: ops._norm_on_device(emulated, *a),
-        lambda *a: ops._norm_backward_on_device(emulated, *a),
+        lambda *a: norm_ops._norm_on_device(emulated, *a),
+        lambda *a: norm_ops._norm_backward_on_device(emulated, *a),
         arguments,
     )
     for mine, theirs in zip(got, want, strict=True):
@@ -507,15 +521,15 @@ def test_on_a_gpu() -> None:
     for pool, packed in ((None, True), ("max", True), ("mean", False)):
         stage, tensors = norm_case(7, 35, pool, packed, torch.float32)
         arguments = norm_call(stage, tensors, pool, True, True)
-        want = all_of_norm(ops._norm_cpu, ops._norm_backward_cpu, arguments)
+        want = all_of_norm(norm_ops._norm_cpu, norm_ops._norm_backward_cpu, arguments)
         there = tuple(x.cuda() if isinstance(x, Tensor) else x for x in arguments)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            out, mean, var = ops._norm_cuda(*there)
+            out, mean, var = norm_ops._norm_cuda(*there)
             cotangent = torch.randn(out.shape, generator=rng(9), dtype=torch.float64).float().cuda()
             h, residual, gamma, beta, given, _, *settings = there
-            grads = ops._norm_backward_cuda(
+            grads = norm_ops._norm_backward_cuda(
                 cotangent, h, residual, gamma, beta, mean, var, *settings, given is None
             )
         stream.synchronize()

@@ -18,7 +18,7 @@ from xrdfast.data.formats import COLUMNS, read_scans, refusal
 from xrdfast.data.formats.bounded import decompress, read_bytes
 from xrdfast.data.formats.measured import Measured
 from xrdfast.data.peaks import is_scan
-from xrdfast.errors import InputError
+from xrdfast.errors import InputError, shown_path
 
 _DIP = 0.05  # of the maximum: a background-corrected scan goes this far below zero
 _ASSUMED = "CuKa"
@@ -100,7 +100,7 @@ def read(path: str | Path, *, wavelength: str | float | None = None, scan: int |
             raise InputError(f"scan: must be in 0..{len(scans) - 1}, got {index}")
         return _checked(path, name, scans, index, given)
     except InputError as error:
-        raise InputError(f"{_shown(path)}: {error}") from error
+        raise InputError(f"{shown_path(path)}: {error}") from error
 
 
 def read_all(path: str | Path, *, wavelength: str | float | None = None) -> Iterator[Scan | InputError]:
@@ -114,12 +114,12 @@ def read_all(path: str | Path, *, wavelength: str | float | None = None) -> Iter
     try:
         name, scans = read_scans(decompress(read_bytes(Path(path))))
     except InputError as error:
-        raise InputError(f"{_shown(path)}: {error}") from error
+        raise InputError(f"{shown_path(path)}: {error}") from error
     for index in range(len(scans)):
         try:
             yield _checked(path, name, scans, index, given)
         except InputError as error:
-            yield InputError(f"{_shown(path)}: scan {index}: {error}")
+            yield InputError(f"{shown_path(path)}: scan {index}: {error}")
 
 
 def _checked(path: str | Path, name: str, scans: list[Measured], index: int, given: Radiation | None) -> Scan:
@@ -205,9 +205,3 @@ def _listed(scans: list[Measured]) -> str:
         shown.append(f"{index} ({measured.title + ', ' if measured.title else ''}{what})")
     more = len(scans) - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more else "")
-
-
-def _shown(path: str | Path) -> str:
-    """The path on one line, whatever is in it."""
-    text = str(path)
-    return text if text.isprintable() else ascii(text)[1:-1]

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xrdfast.ops.peak_attention import encode_patches, peak_attention
-from xrdfast.ops.peak_conv import Plan, Stage, peak_conv, peak_norm, peak_stage, plan_rows
+from xrdfast.ops.peak_conv import peak_conv, peak_stage
+from xrdfast.ops.peak_norm import peak_norm
+from xrdfast.ops.peak_plan import Plan, Stage, plan_rows
 
 # The published grid: 8,500 points of 0.01 degrees from 5 degrees two_theta up to, not including, 90 degrees.
 N_POINTS = 8500
@@ -44,7 +46,7 @@ class ResidualBlock(nn.Module):
     """Pool of LeakyReLU(u + BN(conv3(LeakyReLU(BN(conv3(u)))))); u is x, widened where the width changes.
 
     The modules hold the parameters under their published roles; the work is done on lists of rows, each the
-    channels of one position of one pattern (`xrdfast.ops.peak_conv`).
+    channels of one position of one pattern (`xrdfast.ops.peak_plan`).
     """
 
     def __init__(self, in_channels: int, out_channels: int, pool: str) -> None:
@@ -112,7 +114,7 @@ class LocalBranch(nn.Module):
     """Thirteen residual blocks, each followed by a pool of two, from 8,500 points to one vector.
 
     The second input channel is the sine of the grid's 2θ itself, as published (Bragg's law would take θ).
-    Positions far from every peak are computed once for the whole batch (`xrdfast.ops.peak_conv`).
+    Positions far from every peak are computed once for the whole batch (`xrdfast.ops.peak_plan`).
     """
 
     def __init__(self, n_features: int, dropout: float) -> None:

@@ -7,7 +7,7 @@ is to be had (`xrdfast._native`), else the reference, with one warning. Not for 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,3 +25,12 @@ def device_stream(tensor: Tensor) -> Iterator[int]:
         return
     with torch.cuda.device(tensor.device):
         yield torch.cuda.current_stream().cuda_stream
+
+
+def check_tensor(op: str, name: str, tensor: Tensor, shape: Sequence[int], like: Tensor) -> None:
+    """Refuses a tensor of another shape, dtype or device than `like` asks for."""
+    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != like.dtype or tensor.device != like.device:
+        raise ValueError(
+            f"{op}: {name} must be {tuple(shape)} {like.dtype} on {like.device}, "
+            f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+        )

@@ -35,7 +35,7 @@ def _header(text: str) -> list[str]:
     for at, line in enumerate(lines):
         if not line.lstrip().startswith(_COMMENT) and len(_values(line)) >= 2:
             return lines[:at]
-    return lines
+    return lines[:-1]  # the last one may be cut
 
 
 def _read(text: str, header: str) -> Points:

@@ -1,4 +1,4 @@
-// peak_conv.cu: CUDA kernels of norm, residual, activation and pool over lists of rows. The convolutions themselves are
+// peak_norm.cu: CUDA kernels of norm, residual, activation and pool over lists of rows. The convolutions themselves are
 // library matrix products there.
 //
 // Bound by memory: the forward reads h once for the statistics and once for the result (and the residual), the backward
@@ -8,7 +8,7 @@
 
 #include <cmath>
 
-#include "peak_conv.h"
+#include "peak_norm.h"
 
 namespace xrdfast {
 namespace {
