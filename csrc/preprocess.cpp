@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "active_patches.h"
 #include "preprocess_math.h"
 #include "reflection_math.h"
 #include "significance.h"
@@ -184,8 +185,8 @@ void remove_background(int64_t n, int half, Workspace& ws) {
     subtract_background(ws.spare.data(), clipped, n, lowest, least, ws.signal.data());
 }
 
-XRDFAST_CLONES void clip_signal(float* signal, int64_t n, float k, const float* noise) {
-    clip_insignificant(signal, n, k, noise);
+XRDFAST_CLONES void clip_signal(float* signal, int64_t n, float k, const float* noise, float raised) {
+    clip_insignificant(signal, n, k, noise, raised);
 }
 
 XRDFAST_CLONES void place(const double* __restrict two_theta, int64_t n, double two_theta_min, double two_theta_step,
@@ -302,24 +303,9 @@ XRDFAST_CLONES void scale_to_100(float* value, int64_t n, float strongest) {
     for (int64_t i = 0; i < n; ++i) value[i] = value[i] / strongest * 100.0f;
 }
 
-XRDFAST_CLONES int32_t list_active(const float* pattern, int64_t n_points, int16_t* patch) {
-    const int64_t n_whole = n_points / kScanPatch, n_patches = (n_points + kScanPatch - 1) / kScanPatch;
-    int32_t n_active = 0;
-    for (int64_t i = 0; i < n_whole; ++i) {
-        int active = 0;
-        for (int k = 0; k < kScanPatch; ++k) active |= pattern[i * kScanPatch + k] >= kScanActive;
-        patch[n_active] = static_cast<int16_t>(i);
-        n_active += active;
-    }
-    if (std::any_of(pattern + n_whole * kScanPatch, pattern + n_points, [](float x) { return x >= kScanActive; }))
-        patch[n_active++] = static_cast<int16_t>(n_whole);
-    std::fill(patch + n_active, patch + n_patches, static_cast<int16_t>(-1));
-    return n_active;
-}
-
 void preprocess_scan(const PreprocessScansParams& p, int64_t scan, Workspace& ws) {
     const int64_t begin = p.offset[scan], n = p.offset[scan + 1] - begin;
-    const int64_t n_patches = (p.n_points + kScanPatch - 1) / kScanPatch;
+    const int64_t n_patches = (p.n_points + kPatchPoints - 1) / kPatchPoints;
     const double* two_theta = p.two_theta + begin;
     const float* intensity = p.intensity + begin;
     float* out = p.pattern + scan * p.n_points;
@@ -342,9 +328,15 @@ void preprocess_scan(const PreprocessScansParams& p, int64_t scan, Workspace& ws
         sines(two_theta, n, ws.axis.data());
         strip_second(p.wavelength[scan] / p.second_wavelength[scan], ws);
     }
-    if (p.background_width > 0.0) remove_background(n, half_window_of(two_theta, n, p.background_width), ws);
-    clip_signal(ws.signal.data(), n, static_cast<float>(p.clip_sigma) * noise_gain(p.smooth_points, strips),
-                ws.noise.data());
+    const int half = p.background_width > 0.0 ? half_window_of(two_theta, n, p.background_width) : 0;
+    if (p.background_width > 0.0) remove_background(n, half, ws);
+    if (p.clip_sigma > 0.0) {
+        const float gain = noise_gain(p.smooth_points, strips);
+        clip_signal(ws.signal.data(), n, static_cast<float>(p.clip_sigma) * gain, ws.noise.data(),
+                    noise_above_background(half) * gain);
+    } else {
+        for (float& value : ws.signal) value = significant(value, 0.0f);
+    }
 
     double* position = ws.axis.data();
     int64_t n_reached = n;
@@ -364,7 +356,7 @@ void preprocess_scan(const PreprocessScansParams& p, int64_t scan, Workspace& ws
     const float strongest = range_of(out, p.n_points).highest;
     if (!(strongest > 0.0f)) return;
     scale_to_100(out, p.n_points, strongest);
-    p.active_count[scan] = list_active(out, p.n_points, p.active_patch + scan * n_patches);
+    p.active_count[scan] = list_active_patches(out, p.n_points, p.active_patch + scan * n_patches);
 }
 
 XRDFAST_CLONES bool rises(const double* __restrict two_theta, int64_t n) {

@@ -6,7 +6,7 @@
 namespace xrdfast {
 
 constexpr int kMaxHalfWindow = 1000;         // points, of the background's windows
-constexpr int64_t kSharedScanPoints = 9776;  // a scan of as many keeps its background in 48 kB of shared memory
+constexpr int64_t kSharedScanPoints = 9264;  // a scan of as many keeps its background in 44 kB of shared memory
 
 struct PreprocessScansParams {
     const int64_t* offset;            // (n_scans + 1), first point of each scan

@@ -6,8 +6,6 @@
 
 namespace xrdfast {
 
-constexpr int kScanPatch = 10;                  // points of the encoder's patches
-constexpr float kScanActive = 1e-5f;            // and the intensity from which one is active
 constexpr float kLargestIntensity = 1e30f;      // a scan that goes beyond, or to NaN, is blank
 constexpr float kRounding = 1e-5f;              // of a scan's range: less than that above the background is rounding
 constexpr double kSnap = 1e-3;                  // of a step: so near a point of the grid, an angle is on it
@@ -74,6 +72,14 @@ XRD_PORTABLE int half_window_of(const double* two_theta, int64_t n, double width
     points = points > kMaxHalfWindow ? static_cast<double>(kMaxHalfWindow) : points;
     const int most = static_cast<int>((n - 1) / 2 < kMaxHalfWindow ? (n - 1) / 2 : kMaxHalfWindow);
     return points < most ? static_cast<int>(points) : most;
+}
+
+// How far the mean of white noise lies above what is left of it after clipping in windows of `half` points and fewer, in
+// deviations. Fitted to 400,000 points for 17 windows of 1 to 1,000 points, error 0.04 at most.
+XRD_PORTABLE float noise_above_background(int half) {
+    if (half == 0) return 0.0f;
+    const float width = logf(static_cast<float>(half));
+    return 0.468f + 0.582f * width / (1.0f + 0.0257f * width);
 }
 
 // A straight line through the first or last `window` levels, from their sum and their sum times the distance from the

@@ -113,14 +113,18 @@ XRD_PORTABLE void estimate_noise(const float* __restrict value, int64_t n, float
     }
 }
 
-// Points of `value` (n) below k times the noise between the blocks become 0.
-XRD_PORTABLE void clip_insignificant(float* __restrict value, int64_t n, float k, const float* __restrict noise) {
+// Points of `value` (n) less than k times the noise between the blocks above a background become 0; the background lies
+// `raised` times the noise above 0.
+XRD_PORTABLE void clip_insignificant(float* __restrict value, int64_t n, float k, const float* __restrict noise,
+                                     float raised = 0.0f) {
     const int64_t n_blocks = significance_blocks(n), last = n_blocks - 1;
     for (int64_t b = -1; b < n_blocks; ++b) {  // from the middle of block b to the next
         const float low = noise[std::max<int64_t>(b, 0)], high = noise[std::min(b + 1, last)];
         const int64_t begin = std::max<int64_t>(noise_middle(b), 0), end = b == last ? n : noise_middle(b + 1);
-        for (int32_t i = static_cast<int32_t>(begin); i < static_cast<int32_t>(std::min(end, n)); ++i)
-            value[i] = significant(value[i], k * noise_between(low, high, noise_share(static_cast<int32_t>(b), i)));
+        for (int32_t i = static_cast<int32_t>(begin); i < static_cast<int32_t>(std::min(end, n)); ++i) {
+            const float level = noise_between(low, high, noise_share(static_cast<int32_t>(b), i));
+            value[i] = significant(fmaf(-raised, level, value[i]), k * level);
+        }
     }
 }
 
