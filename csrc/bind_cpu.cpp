@@ -2,6 +2,7 @@
 // Python (xrdfast/ops); no torch header, so it compiles in seconds and one build serves every torch version.
 #include <pybind11/pybind11.h>
 
+#include "preprocess.h"
 #include <string>
 #include <utility>
 
@@ -257,6 +258,24 @@ PYBIND11_MODULE(_cpu, m) {
                                at<const double>(b_overall), at<float>(intensity), hkl_stride, multiplicity_stride,
                                n_patterns, n_points, wavelength, two_theta_min, two_theta_step},
                               n_threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def("angles_rise", [](uintptr_t offset, uintptr_t two_theta, int64_t n_scans) {
+        return angles_rise_cpu(at<const int64_t>(offset), at<const double>(two_theta), n_scans);
+    });
+    m.def(
+        "preprocess_scans",
+        [](uintptr_t offset, uintptr_t two_theta, uintptr_t intensity, uintptr_t wavelength,
+           uintptr_t second_wavelength, uintptr_t pattern, uintptr_t measured, uintptr_t active_count,
+           uintptr_t active_patch, int64_t n_scans, int64_t n_points, int64_t smooth_points, double background_width,
+           double clip_sigma, bool conserve_area, double model_wavelength, double two_theta_min,
+           double two_theta_step, int n_threads) {
+            preprocess_scans_cpu({at<const int64_t>(offset), at<const double>(two_theta), at<const float>(intensity),
+                                  at<const double>(wavelength), at<const double>(second_wavelength),
+                                  at<float>(pattern), at<int32_t>(measured), at<int32_t>(active_count),
+                                  at<int16_t>(active_patch), n_scans, n_points, smooth_points, background_width,
+                                  clip_sigma, conserve_area, model_wavelength, two_theta_min, two_theta_step},
+                                 n_threads);
         },
         py::call_guard<py::gil_scoped_release>());
     bind_peak_attention<float>(m, "float32");

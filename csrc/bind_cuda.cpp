@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "preprocess.h"
 #include "bind_dsr_loss.h"
 #include "peak_attention.h"
 #include "peak_norm.h"
@@ -207,6 +208,38 @@ PYBIND11_MODULE(XRDFAST_MODULE, m) {
                                             two_theta_step};
             const RenderSticksScratch scratch{at<double>(two_theta), at<double>(strength), at<int32_t>(order)};
             check("render_sticks", render_sticks_cuda(params, scratch, at<void>(stream)));
+        },
+        unlocked);
+    m.def(
+        "preprocess_scans",
+        [](uintptr_t offset, uintptr_t two_theta, uintptr_t intensity, uintptr_t wavelength,
+           uintptr_t second_wavelength, uintptr_t pattern, uintptr_t measured, uintptr_t active_count,
+           uintptr_t active_patch, int64_t n_scans, int64_t n_points, int64_t smooth_points, double background_width,
+           double clip_sigma, bool conserve_area, double model_wavelength, double two_theta_min,
+           double two_theta_step, uintptr_t signal, uintptr_t spare, uintptr_t axis, uintptr_t noise, uintptr_t level,
+           int64_t n_total, int64_t longest, uintptr_t stream) {
+            const PreprocessScansParams params{at<const int64_t>(offset),
+                                               at<const double>(two_theta),
+                                               at<const float>(intensity),
+                                               at<const double>(wavelength),
+                                               at<const double>(second_wavelength),
+                                               at<float>(pattern),
+                                               at<int32_t>(measured),
+                                               at<int32_t>(active_count),
+                                               at<int16_t>(active_patch),
+                                               n_scans,
+                                               n_points,
+                                               smooth_points,
+                                               background_width,
+                                               clip_sigma,
+                                               conserve_area,
+                                               model_wavelength,
+                                               two_theta_min,
+                                               two_theta_step};
+            const PreprocessScansScratch scratch{at<float>(signal), at<float>(spare), at<double>(axis),
+                                                 at<float>(noise),  at<float>(level), n_total,
+                                                 longest};
+            check("preprocess_scans", preprocess_scans_cuda(params, scratch, at<void>(stream)));
         },
         unlocked);
     bind_peak_attention<float, float>(m, "float32");

@@ -24,7 +24,6 @@ constexpr double kGaussianReach = 4.822131;  // half widths from which the Gauss
 constexpr int kLineBlock = 16;               // points: windows are widened to whole blocks, one AVX-512 vector
 constexpr double kMaxAsymmetry = 0.5;
 constexpr int kMaxImpurities = 16;
-constexpr double kDegreesARadian = 180.0 / 3.14159265358979323846;
 
 // One line on the grid. Point k lies u = start + (k - middle) * slope half widths from it, of the low-angle side up to
 // `middle`, of the high-angle side beyond.

@@ -18,6 +18,8 @@
 
 namespace xrdfast {
 
+constexpr double kDegreesARadian = 180.0 / 3.14159265358979323846;
+
 XRD_PORTABLE uint32_t bits_of(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);

@@ -281,20 +281,6 @@ XRDFAST_WIDE void clip(float* signal, int64_t n, float k, float* rough, std::vec
     clip_insignificant(signal, n, k, noise.data());
 }
 
-int32_t list_active(const float* intensity, int64_t n_points, int16_t* patch) {
-    const int64_t n_patches = (n_points + kPatchPoints - 1) / kPatchPoints;
-    int32_t n_active = 0;
-    for (int64_t i = 0; i < n_patches; ++i) {
-        const int64_t end = std::min((i + 1) * kPatchPoints, n_points);
-        bool active = false;
-        for (int64_t k = i * kPatchPoints; k < end; ++k) active |= intensity[k] >= kActiveIntensity;
-        patch[n_active] = static_cast<int16_t>(i);
-        n_active += active;
-    }
-    std::fill(patch + n_active, patch + n_patches, static_cast<int16_t>(-1));
-    return n_active;
-}
-
 XRDFAST_WIDE void scale_to_100(const float* __restrict value, int64_t n, float strongest, float* __restrict out) {
     for (int64_t i = 0; i < n; ++i) out[i] = value[i] / strongest * 100.0f;
 }
@@ -327,7 +313,7 @@ void render_pattern(const RenderPatternsParams& p, int64_t pattern, Workspace& w
         if (!(strongest > 0.0f && std::isfinite(strongest))) return;
     }
     scale_to_100(signal, n_measured, strongest, out + measured.first);
-    p.active_count[pattern] = list_active(out, p.n_points, p.active_patch + pattern * n_patches);
+    p.active_count[pattern] = list_active_patches(out, p.n_points, p.active_patch + pattern * n_patches);
 }
 
 }  // namespace

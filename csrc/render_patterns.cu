@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include "block_reduce.cuh"
+#include "active_patches.cuh"
 #include "render_patterns.h"
 #include "significance.cuh"
 
@@ -144,24 +145,6 @@ __device__ __forceinline__ float strongest_of(const float* value, int n, double*
     return static_cast<float>(block_max<kThreads>(static_cast<double>(most), partial));
 }
 
-// Counts and lists the patches that are not blank; all of the block takes part.
-__device__ __forceinline__ void list_active(const float* intensity, int n_points, int16_t* patch, int32_t* count,
-                                            int* partial) {
-    const int n_patches = (n_points + kPatchPoints - 1) / kPatchPoints;
-    int n_active = 0;
-    for (int base = 0; base < n_patches; base += kThreads) {
-        const int i = base + static_cast<int>(threadIdx.x);
-        int active = 0, found;
-        for (int k = i * kPatchPoints; k < (i + 1) * kPatchPoints && k < n_points; ++k)
-            active |= intensity[k] >= kActiveIntensity;
-        const int before = block_exclusive_sum<kThreads>(active, partial, &found);
-        if (active) patch[n_active + before] = static_cast<int16_t>(i);
-        n_active += found;
-    }
-    for (int i = n_active + static_cast<int>(threadIdx.x); i < n_patches; i += kThreads) patch[i] = -1;
-    if (threadIdx.x == 0) *count = n_active;
-}
-
 __global__ void __launch_bounds__(kThreads, 2) weigh_and_shape(RenderPatternsParams p, RenderPatternsScratch scratch) {
     XRD_SHARED(double, image, 3 * kMaxRotations);
     XRD_SHARED(double, partial, kWarps);
@@ -257,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, 3) measure(RenderPatternsParams p, R
         out[i] = lit && strongest > 0.0f && isfinite(strongest) ? out[i] / strongest * 100.0f : 0.0f;
     __syncthreads();
     const int64_t n_patches = (p.n_points + kPatchPoints - 1) / kPatchPoints;
-    list_active(out, n_points, p.active_patch + pattern * n_patches, p.active_count + pattern, partial_count);
+    list_active_patches<kThreads>(out, n_points, p.active_patch + pattern * n_patches, p.active_count + pattern, partial_count);
 }
 
 }  // namespace

@@ -3,13 +3,12 @@
 #pragma once
 #include <cstdint>
 
+#include "active_patches.h"
 #include "line_profile.h"
 
 namespace xrdfast {
 
 constexpr int kMaxRotations = 192;  // of a pattern: 48 and, should a store hold centrings, four of each
-constexpr int kPatchPoints = 10;
-constexpr float kActiveIntensity = 1e-5f;
 
 struct RenderPatternsParams {
     const int64_t* offset;            // (n_patterns + 1), first family of each pattern

@@ -13,9 +13,10 @@ constexpr float kDeviationsAMedian = 0.60526982f;  // 1 / (0.6744897501960817 sq
 // Blocks of n points; the last one takes what is left over.
 XRD_PORTABLE int64_t significance_blocks(int64_t n) { return n < 2 * kSignificanceBlock ? 1 : n / kSignificanceBlock; }
 
-// |second difference| at a point that has two neighbours.
+// |second difference| at a point that has two neighbours; 0 where that is not a number, so that it can be sorted.
 XRD_PORTABLE float roughness(const float* value, int64_t point) {
-    return fabsf((value[point - 1] - value[point]) + (value[point + 1] - value[point]));
+    const float rough = fabsf((value[point - 1] - value[point]) + (value[point + 1] - value[point]));
+    return rough >= 0.0f ? rough : 0.0f;
 }
 
 // Points whose roughness a block's noise is the median of: those of the block that have two neighbours. Of an even
@@ -92,7 +93,7 @@ XRD_PORTABLE void whole_block_noise(const float* __restrict rough, float* __rest
         noise[lane] = kDeviationsAMedian * value[kSignificanceBlock / 2][lane];
 }
 
-// Noise of every block of `value` (n), finite, into `noise` (significance_blocks(n)). `rough` (n) is overwritten and
+// Noise of every block of `value` (n) into `noise` (significance_blocks(n)). `rough` (n) is overwritten and
 // must not be `value`.
 XRD_PORTABLE void estimate_noise(const float* __restrict value, int64_t n, float* __restrict rough,
                                  float* __restrict noise) {
@@ -112,14 +113,18 @@ XRD_PORTABLE void estimate_noise(const float* __restrict value, int64_t n, float
     }
 }
 
-// Points of `value` (n) below k times the noise between the blocks become 0.
-XRD_PORTABLE void clip_insignificant(float* __restrict value, int64_t n, float k, const float* __restrict noise) {
+// Points of `value` (n) less than k times the noise between the blocks above a background become 0; the background lies
+// `raised` times the noise above 0.
+XRD_PORTABLE void clip_insignificant(float* __restrict value, int64_t n, float k, const float* __restrict noise,
+                                     float raised = 0.0f) {
     const int64_t n_blocks = significance_blocks(n), last = n_blocks - 1;
     for (int64_t b = -1; b < n_blocks; ++b) {  // from the middle of block b to the next
         const float low = noise[std::max<int64_t>(b, 0)], high = noise[std::min(b + 1, last)];
         const int64_t begin = std::max<int64_t>(noise_middle(b), 0), end = b == last ? n : noise_middle(b + 1);
-        for (int32_t i = static_cast<int32_t>(begin); i < static_cast<int32_t>(std::min(end, n)); ++i)
-            value[i] = significant(value[i], k * noise_between(low, high, noise_share(static_cast<int32_t>(b), i)));
+        for (int32_t i = static_cast<int32_t>(begin); i < static_cast<int32_t>(std::min(end, n)); ++i) {
+            const float level = noise_between(low, high, noise_share(static_cast<int32_t>(b), i));
+            value[i] = significant(fmaf(-raised, level, value[i]), k * level);
+        }
     }
 }
 

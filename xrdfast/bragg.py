@@ -68,6 +68,24 @@ def wavelength_of(radiation: str | float) -> float:
     return value
 
 
+def scan_wavelengths(radiation: str | float) -> tuple[float, float]:
+    """K-alpha 1 and K-alpha 2 of a scan's stated radiation, in Angstrom; K-alpha 2 is 0 for a single wavelength.
+
+    The weighted mean of a doublet means the doublet: its K-alpha 1 lines lie where K-alpha 1 puts them, up to 0.1
+    degree from where the mean would. Any other wavelength is taken as it is.
+
+    Raises:
+        ValueError: as `wavelength_of`.
+
+    Example:
+        >>> scan_wavelengths(1.5418), scan_wavelengths("CuKa1"), scan_wavelengths(0.7)
+        ((1.54056, 1.54439), (1.54056, 0.0), (0.7, 0.0))
+    """
+    stated = radiation_of(radiation)
+    second = radiations()[f"{stated.name}2"] if stated.is_doublet else 0.0
+    return stated.wavelength, second
+
+
 def doublet_anode(wavelength: float) -> str | None:
     """The anode whose weighted K-alpha mean this is: such a number states the doublet, not one line.
 
