@@ -11,6 +11,8 @@ from pymatgen.core import Lattice, Structure
 
 from tests.data.formats_written import raw3
 from xrdfast.bragg import convert_two_theta, radiations
+from xrdfast.data.generate import AugmentConfig
+from xrdfast.data.scans import Scan
 from xrdfast.data.structures import from_pymatgen
 from xrdfast.errors import InputError
 from xrdfast.lines import simulate_structure_lines
@@ -103,7 +105,7 @@ def scan_of(lines: np.ndarray, second: float | None = None) -> tuple[np.ndarray,
 
 def test_scan_goes_through_its_peaks_and_says_so(predictor):
     answer = predictor.predict_scan(*scan_of(LINES), wavelength=COPPER)
-    assert answer.kind == "scan" and "no model is trained on scans" in answer.notes[0]
+    assert answer.kind == "scan" and "trained on lines" in answer.notes[0]
     np.testing.assert_allclose(answer.pattern.two_theta, LINES[:, 0], atol=0.02)
     assert answer.pattern.scan is not None
 
@@ -216,3 +218,33 @@ def test_load_brings_grid_wavelength_and_calibration(tmp_path):
 def test_spoken_classes():
     assert spoken_classes("extinction_group", "1, 2") == "1, 2"
     assert spoken_classes("crystal_system", "cubic") == "cubic"
+
+
+@pytest.fixture(scope="module")
+def scan_predictor() -> SymmetryPredictor:
+    torch.manual_seed(0)
+    return SymmetryPredictor(build_model("small").eval(), augment=AugmentConfig(profile="lab"))
+
+
+def test_a_model_of_scans_gets_whole_scans(scan_predictor, predictor) -> None:
+    two_theta = np.arange(10.0, 80.0, 0.02)
+    counts = 200.0 + sum(30.0 * h / (1.0 + ((two_theta - t) / 0.06) ** 2) for t, h in LINES)
+    counts = np.random.default_rng(0).poisson(counts).astype(float)
+    answer = scan_predictor.predict_scan(two_theta, counts, wavelength=1.5418)
+    row = scan_predictor.prepare_scans([Scan(two_theta, counts, "", COPPER, "given")])
+    assert row.shape == (1, 8500) and float(row.max()) == 100.0
+    assert float((row == 0.0).double().mean()) > 0.5  # background and noise are blank
+    share = scan_predictor.posterior(row).space_group[0]
+    assert answer.candidates[0].probability == pytest.approx(float(share.max()), abs=1e-6)
+    assert not any("trained on lines" in note for note in answer.notes)
+    assert any("trained on lines" in note for note in predictor.predict_scan(two_theta, counts).notes)
+
+
+def test_a_model_of_scans_gets_lines_with_the_shape_of_peaks(scan_predictor) -> None:
+    pattern, _ = scan_predictor.lines_on_axis(*LINES.T, COPPER)
+    row = scan_predictor.prepare_lines([pattern])[0]
+    assert float(row.max()) == pytest.approx(100.0, rel=1e-6)
+    at = int((float(pattern.two_theta[pattern.intensity.argmax()]) - 5.0) / 0.01)
+    assert float(row[at]) == 100.0
+    assert float(row[at + 5]) == pytest.approx(50.0, abs=1.5)  # half of the height half a width away
+    assert scan_predictor.predict_sticks(*LINES.T).kind == "sticks"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from xrdfast.bragg import (
     KA1_WAVELENGTH,
@@ -26,14 +27,16 @@ from xrdfast.bragg import (
     radiations,
     wavelength_of,
 )
-from xrdfast.data.generate import PatternSource
+from xrdfast.data.generate import AugmentConfig, PatternSource
 from xrdfast.data.peaks import find_peaks, is_scan
-from xrdfast.data.scans import read
+from xrdfast.data.profiles import PROFILES
+from xrdfast.data.scans import Scan, read
 from xrdfast.data.store import PatternStore
 from xrdfast.data.structures import PackedStructures, analyse_symmetry, load_structures
 from xrdfast.errors import InputError, shown_path
 from xrdfast.lines import simulate_structure_lines
 from xrdfast.models import SymmetryModel
+from xrdfast.ops.preprocess import preprocess_scans
 from xrdfast.ops.render import sticks_to_grid
 from xrdfast.posterior import Calibration, JointPosterior, joint_posterior
 from xrdfast.symmetry import SYMBOLS, class_index, class_names
@@ -54,6 +57,7 @@ _SHOWN_GROUPS = 3  # of an extinction group
 # theory).
 _SATELLITE_REACH = 0.03
 _SATELLITE_SHARE = (0.3, 0.7)
+_PEAK_FWHM, _PEAK_REACH = 0.1, 1.0  # degrees, of the peaks that lines get for a model of scans
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,8 @@ class SymmetryPredictor:
         wavelength: Angstrom, of the patterns it was trained on.
         calibration: of its probabilities; None for none.
         folds_held_out: validation folds of its run; () where not known.
+        augment: how its patterns were drawn; None: sticks. A model trained on measured profiles gets whole scans
+            (`preprocess_scans`), and lines with a peak's shape; one trained on sticks gets lines, of scans the peaks.
     """
 
     def __init__(
@@ -140,12 +146,19 @@ class SymmetryPredictor:
         wavelength: float = KA1_WAVELENGTH,
         calibration: Calibration | None = None,
         folds_held_out: tuple[int, ...] = (),
+        augment: AugmentConfig | None = None,
     ) -> None:
         self.model = model
         self.grid = grid or Grid()
         self.wavelength = wavelength
         self.calibration = calibration
         self.folds_held_out = folds_held_out
+        self.augment = augment or AugmentConfig()
+
+    @property
+    def reads_scans(self) -> bool:
+        """Whether the model was trained on whole patterns as measured, not on sticks."""
+        return self.augment.profile != "sticks"
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> SymmetryPredictor:
@@ -162,9 +175,12 @@ class SymmetryPredictor:
             calibration = Calibration.from_dict(card.calibration) if card.calibration else None
             wavelength = wavelength_of(card.wavelength)
             folds = tuple(card.config.get("data", {}).get("folds_validation", ()))
+            augment = AugmentConfig(**card.config.get("augment", {}))
+            if augment.profile not in ("sticks", *PROFILES):
+                raise ValueError(f"a profile of {', '.join(PROFILES)} or sticks, not {augment.profile!r}")
         except (AttributeError, TypeError, ValueError) as error:
             raise InputError(f"{path}: card: must describe the model's axis, got {error}") from error
-        return cls(load_model(path, device), grid, wavelength, calibration, folds)
+        return cls(load_model(path, device), grid, wavelength, calibration, folds, augment)
 
     def posterior(self, intensity: Tensor) -> JointPosterior:
         """Probabilities of patterns on the model's grid.
@@ -203,7 +219,7 @@ class SymmetryPredictor:
                 f"{names}: simulation.wavelength: must be the model's {self.wavelength}, "
                 f"got {store.simulation.wavelength}"
             )
-        source = PatternSource(store, self.grid)
+        source = PatternSource(store, self.grid, self.augment)
         pieces, labels, done = [], [], 0
         for batch in rows.split(_BATCH):
             intensity, number = source.batch(batch)
@@ -291,9 +307,9 @@ class SymmetryPredictor:
         wavelength: float | None = None,
         n_candidates: int = 5,
     ) -> Prediction:
-        """Answers for a scan, through its peaks.
+        """Answers for a scan: as a whole, or through its peaks where the model was trained on lines.
 
-        The weighted mean of a K-alpha doublet means the doublet: peaks are read with K-alpha 1, and
+        The weighted mean of a K-alpha doublet means the doublet: angles are read with K-alpha 1, and among peaks
         satellites where K-alpha 2 must be are left out.
 
         Args:
@@ -310,8 +326,12 @@ class SymmetryPredictor:
         wavelength = radiations()["CuKa"] if wavelength is None else wavelength_of(wavelength)
         place, height = find_peaks(two_theta, intensity)
         notes = [
-            f"read as a scan of {len(two_theta)} points; no model is trained on scans yet, so its "
-            f"{len(place)} peaks go to a model of lines"
+            f"read as a scan of {len(two_theta)} points"
+            + (
+                ""
+                if self.reads_scans
+                else f"; the model was trained on lines, so it gets the {len(place)} peaks"
+            )
         ]
         if len(place) == 0:
             raise ValueError("peaks: must stand out of the noise, got none")
@@ -321,7 +341,45 @@ class SymmetryPredictor:
         moved = convert_two_theta(two_theta, wavelength, self.wavelength)
         there = np.isfinite(moved)
         pattern = Pattern(pattern.two_theta, pattern.intensity, scan=(moved[there], intensity[there]))
-        return self._answer(pattern, "scan", wavelength, source, [*notes, *more], n_candidates)
+        given = None
+        if self.reads_scans:
+            given = self.prepare_scans([Scan(two_theta, intensity, "", wavelength, source)])
+            more = ["background taken off, what does not rise above the noise left blank"]
+        return self._answer(pattern, "scan", wavelength, source, [*notes, *more], n_candidates, given=given)
+
+    def prepare_scans(self, scans: Sequence[Scan]) -> Tensor:
+        """Whole scans on the model's axis, for a model that reads scans.
+
+        Args:
+            scans: with angles between 0 and 180 degrees.
+
+        Returns:
+            (n_scans, n_points) float32, 0 to 100; a row of zeros where nothing rises above background and noise
+            inside the model's range.
+        """
+        offset = torch.tensor([0, *(len(scan.two_theta) for scan in scans)]).cumsum(0)
+        two_theta, intensity = (
+            torch.from_numpy(np.concatenate([np.asarray(getattr(scan, name), np.float64) for scan in scans]))
+            for name in ("two_theta", "intensity")
+        )
+        wavelength = torch.tensor([scan.wavelength for scan in scans], dtype=torch.float64)
+        return preprocess_scans(
+            offset, two_theta, intensity, wavelength, grid=self.grid, model_wavelength=self.wavelength
+        ).intensity
+
+    def prepare_lines(self, patterns: Sequence[Pattern]) -> Tensor:
+        """Lines of `lines_on_axis` on the model's axis: as sticks, or with the shape of a peak.
+
+        Returns:
+            (n_patterns, n_points) float32, 0 to 100.
+        """
+        offset = torch.tensor([0, *(len(pattern.two_theta) for pattern in patterns)]).cumsum(0)
+        two_theta, intensity = (
+            torch.from_numpy(np.concatenate([getattr(pattern, name) for pattern in patterns]))
+            for name in ("two_theta", "intensity")
+        )
+        sticks = sticks_to_grid(offset, two_theta, intensity, self.grid)
+        return _with_peak_shape(sticks, self.grid) if self.reads_scans else sticks
 
     def predict_structure(self, structure: PackedStructures, n_candidates: int = 5) -> Prediction:
         """Answers for the pattern simulated from one structure: a round trip.
@@ -403,12 +461,11 @@ class SymmetryPredictor:
         notes: list[str],
         n_candidates: int,
         true_number: int = 0,
+        given: Tensor | None = None,  # (1, n_points) on the grid; None: the pattern's lines
     ) -> Prediction:
         if not 1 <= n_candidates <= len(SYMBOLS):
             raise ValueError(f"predict: n_candidates must be in 1..{len(SYMBOLS)}, got {n_candidates}")
-        offset = torch.tensor([0, len(pattern.two_theta)])
-        two_theta, intensity = torch.from_numpy(pattern.two_theta), torch.from_numpy(pattern.intensity)
-        posterior = self.posterior(sticks_to_grid(offset, two_theta, intensity, self.grid))
+        posterior = self.posterior(self.prepare_lines([pattern]) if given is None else given)
         if self.calibration is None:
             notes = [*notes, "the model is not calibrated: read its probabilities as a ranking"]
         return Prediction(
@@ -457,6 +514,15 @@ def _anode(first: float) -> str | None:
     """The anode of a K-alpha 1 line."""
     name = radiation_of(first).name
     return name.removesuffix("Ka1") if name.endswith("Ka1") else None
+
+
+def _with_peak_shape(sticks: Tensor, grid: Grid) -> Tensor:
+    """Every stick as an even mixture of a Gaussian and a Lorentzian, a usual laboratory's; strongest point = 100."""
+    reach = round(_PEAK_REACH / grid.two_theta_step)
+    u = torch.arange(-reach, reach + 1, dtype=torch.float64) * (2.0 * grid.two_theta_step / _PEAK_FWHM)
+    shape = 0.5 * torch.exp2(-u.square()) + 0.5 / (1.0 + u.square())
+    peaks = F.conv1d(sticks[:, None], shape.float()[None, None], padding=reach)[:, 0]
+    return peaks * (100.0 / peaks.amax(dim=1, keepdim=True).clamp_min(1e-30))
 
 
 def _lorentz_polarisation(two_theta: NDArray[np.float64]) -> NDArray[np.float64]:
