@@ -46,7 +46,8 @@ __device__ __forceinline__ Scan scan_of(const PreprocessScansParams& p, const Pr
             scratch.axis + begin};
 }
 
-__device__ __forceinline__ double sine_of(double two_theta) { return sin(0.5 / kDegreesARadian * two_theta); }
+// In turns: sin itself keeps a frame in local memory for huge angles.
+__device__ __forceinline__ double sine_of(double two_theta) { return sinpi(two_theta / 360.0); }
 
 // Whether every intensity is a number within the limits; lowest and highest of `value`.
 struct Range {
@@ -267,7 +268,7 @@ __device__ __forceinline__ void resample(const PreprocessScansParams& p, const S
     __syncthreads();
 }
 
-__global__ void __launch_bounds__(kThreads, 2) preprocess(PreprocessScansParams p, PreprocessScansScratch scratch) {
+__global__ void __launch_bounds__(kThreads) preprocess(PreprocessScansParams p, PreprocessScansScratch scratch) {
     XRD_SHARED(double, partial, kWarps);
     XRD_SHARED(int, partial_count, kWarps);
     XRD_DYNAMIC_SHARED(float, shared_levels);  // kSharedLevels, unless a scan is longer than they hold

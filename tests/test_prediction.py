@@ -12,7 +12,6 @@ from pymatgen.core import Lattice, Structure
 from tests.data.formats_written import raw3
 from xrdfast.bragg import convert_two_theta, radiations
 from xrdfast.data.generate import AugmentConfig
-from xrdfast.data.scans import Scan
 from xrdfast.data.structures import from_pymatgen
 from xrdfast.errors import InputError
 from xrdfast.lines import simulate_structure_lines
@@ -231,13 +230,21 @@ def test_a_model_of_scans_gets_whole_scans(scan_predictor, predictor) -> None:
     counts = 200.0 + sum(30.0 * h / (1.0 + ((two_theta - t) / 0.06) ** 2) for t, h in LINES)
     counts = np.random.default_rng(0).poisson(counts).astype(float)
     answer = scan_predictor.predict_scan(two_theta, counts, wavelength=1.5418)
-    row = scan_predictor.prepare_scans([Scan(two_theta, counts, "", COPPER, "given")])
+    row = scan_predictor.prepare_scans([two_theta], [counts], [COPPER])
     assert row.shape == (1, 8500) and float(row.max()) == 100.0
     assert float((row == 0.0).double().mean()) > 0.5  # background and noise are blank
     share = scan_predictor.posterior(row).space_group[0]
     assert answer.candidates[0].probability == pytest.approx(float(share.max()), abs=1e-6)
     assert not any("trained on lines" in note for note in answer.notes)
     assert any("trained on lines" in note for note in predictor.predict_scan(two_theta, counts).notes)
+
+
+def test_a_model_of_scans_refuses_what_is_all_background(scan_predictor) -> None:
+    two_theta = np.arange(10.0, 80.0, 0.02)
+    flat = np.full(len(two_theta), 50.0)
+    flat[1000:1010] += np.hanning(10) * 500.0  # a peak beyond the model's range
+    with pytest.raises(ValueError, match="within"):
+        scan_predictor.predict_scan(two_theta, flat, wavelength=12.0)
 
 
 def test_a_model_of_scans_gets_lines_with_the_shape_of_peaks(scan_predictor) -> None:

@@ -30,7 +30,7 @@ from xrdfast.bragg import (
 from xrdfast.data.generate import AugmentConfig, PatternSource
 from xrdfast.data.peaks import find_peaks, is_scan
 from xrdfast.data.profiles import PROFILES
-from xrdfast.data.scans import Scan, read
+from xrdfast.data.scans import read
 from xrdfast.data.store import PatternStore
 from xrdfast.data.structures import PackedStructures, analyse_symmetry, load_structures
 from xrdfast.errors import InputError, shown_path
@@ -343,28 +343,36 @@ class SymmetryPredictor:
         pattern = Pattern(pattern.two_theta, pattern.intensity, scan=(moved[there], intensity[there]))
         given = None
         if self.reads_scans:
-            given = self.prepare_scans([Scan(two_theta, intensity, "", wavelength, source)])
+            given = self.prepare_scans([two_theta], [intensity], [wavelength])
+            if not bool(given.any()):
+                raise ValueError("intensity: must rise above background and noise within the model's range")
             more = ["background taken off, what does not rise above the noise left blank"]
         return self._answer(pattern, "scan", wavelength, source, [*notes, *more], n_candidates, given=given)
 
-    def prepare_scans(self, scans: Sequence[Scan]) -> Tensor:
+    def prepare_scans(
+        self,
+        two_theta: Sequence[NDArray[np.float64]],  # each (n_points of the scan,)
+        intensity: Sequence[NDArray[np.float64]],  # the same
+        wavelength: Sequence[float],
+    ) -> Tensor:
         """Whole scans on the model's axis, for a model that reads scans.
 
         Args:
-            scans: with angles between 0 and 180 degrees.
+            two_theta: degrees, rising.
+            intensity: any unit.
+            wavelength: Angstrom; of K-alpha 1 for a doublet.
 
         Returns:
             (n_scans, n_points) float32, 0 to 100; a row of zeros where nothing rises above background and noise
             inside the model's range.
         """
-        offset = torch.tensor([0, *(len(scan.two_theta) for scan in scans)]).cumsum(0)
-        two_theta, intensity = (
-            torch.from_numpy(np.concatenate([np.asarray(getattr(scan, name), np.float64) for scan in scans]))
-            for name in ("two_theta", "intensity")
-        )
-        wavelength = torch.tensor([scan.wavelength for scan in scans], dtype=torch.float64)
         return preprocess_scans(
-            offset, two_theta, intensity, wavelength, grid=self.grid, model_wavelength=self.wavelength
+            torch.tensor([0, *map(len, two_theta)]).cumsum(0),
+            torch.from_numpy(np.concatenate(two_theta)),
+            torch.from_numpy(np.concatenate(intensity)),
+            torch.tensor(wavelength, dtype=torch.float64),
+            grid=self.grid,
+            model_wavelength=self.wavelength,
         ).intensity
 
     def prepare_lines(self, patterns: Sequence[Pattern]) -> Tensor:

@@ -495,6 +495,11 @@ inline void sincospi(double x, double* sine, double* cosine) {
     *sine = std::sin(turn);
     *cosine = std::cos(turn);
 }
+inline double sinpi(double x) {
+    double sine, cosine;
+    sincospi(x, &sine, &cosine);
+    return sine;
+}
 using std::isfinite;
 using std::max;
 using std::min;

@@ -19,6 +19,7 @@ import torch
 
 from tests.screening.scans_written import write_folder, write_npz, write_tar
 from xrdfast.data import files
+from xrdfast.data.generate import AugmentConfig
 from xrdfast.data.scans import read
 from xrdfast.errors import InputError
 from xrdfast.models import build_model
@@ -53,7 +54,11 @@ def table(path: Path) -> list[dict]:
     return rows
 
 
-def test_rows_are_what_predict_says(predictor, tmp_path, small_chunks):
+@pytest.mark.parametrize("profile", ["sticks", "lab"])
+def test_rows_are_what_predict_says(predictor, tmp_path, small_chunks, profile):
+    """For models of lines, and of whole scans."""
+    augment = AugmentConfig(profile=profile)
+    predictor = SymmetryPredictor(predictor.model, calibration=predictor.calibration, augment=augment)
     folder = write_folder(tmp_path / "scans", 3)
     rows = list(Screener(predictor).run([folder]))
     assert [set(row) for row in rows] == [set(SCHEMA.names)] * 3

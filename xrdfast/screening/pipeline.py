@@ -31,7 +31,6 @@ from xrdfast.bragg import Radiation, radiation_of
 from xrdfast.data.scans import Scan
 from xrdfast.errors import InputError
 from xrdfast.models import SymmetryModel
-from xrdfast.ops.render import sticks_to_grid
 from xrdfast.posterior import JointPosterior, joint_posterior
 from xrdfast.prediction import SUPERCLASSES, SymmetryPredictor
 from xrdfast.screening.manifest import Manifest, part_errors
@@ -115,7 +114,8 @@ class Screener:
             return
         everything = chain((first,), items)
         if isinstance(first, Scan):
-            pieces = _batched(map(prepare_scan, everything), self.batch_size)
+            whole = self.predictor.reads_scans
+            pieces = _batched((prepare_scan(scan, whole) for scan in everything), self.batch_size)
         else:
             chunks = ((number, chunk) for number, chunk in enumerate(find_chunks(find_files(everything))))
             pieces = (prepared for _, _, prepared in self._read(chunks))
@@ -202,29 +202,56 @@ class Screener:
         failures: list[Failure] = []
         for batch in _batched(prepared, self.batch_size):
             start = time.perf_counter()
-            ready: list[tuple[Prepared, list[str], Any]] = []
-            for scan in batch:
-                if isinstance(scan, Failure):
-                    failures.append(scan)
-                    continue
-                try:
-                    pattern, notes = self.predictor.lines_on_axis(
-                        scan.two_theta,
-                        scan.intensity,
-                        scan.wavelength,
-                        is_doublet=scan.is_doublet and scan.kind == "scan",
-                    )
-                except ValueError as error:
-                    failures.append(
-                        Failure(scan.scan_id, scan.file, scan.member, scan.scan_index, str(error))
-                    )
-                    continue
-                ready.append((scan, notes, pattern))
+            failures += [scan for scan in batch if isinstance(scan, Failure)]
+            scans = [scan for scan in batch if isinstance(scan, Prepared)]
+            ready, intensity, refused = self._on_axis(scans)
+            failures += refused
             if ready:
-                logits = self.predictor.logits(self._grid([pattern for _, _, pattern in ready]))
-                seconds = (time.perf_counter() - start) / len(ready)
-                rows += self._rows([(scan, notes) for scan, notes, _ in ready], logits, seconds)
+                logits = self.predictor.logits(intensity)
+                rows += self._rows(ready, logits, (time.perf_counter() - start) / len(ready))
         return rows, failures
+
+    def _on_axis(
+        self, scans: Sequence[Prepared]
+    ) -> tuple[list[tuple[Prepared, list[str]]], Tensor, list[Failure]]:
+        """Scans that the model can answer, with what was done to them; their patterns; the others, with the reason."""
+        predictor, failures = self.predictor, []
+        whole = [scan for scan in scans if predictor.reads_scans and scan.kind == "scan"]
+        of_whole = iter(())
+        if whole:
+            of_whole = iter(
+                predictor.prepare_scans(
+                    [s.two_theta for s in whole], [s.intensity for s in whole], [s.wavelength for s in whole]
+                )
+            )
+        ready, patterns, lines = [], [], []
+        for scan in scans:
+            try:
+                if predictor.reads_scans and scan.kind == "scan":
+                    pattern, notes = next(of_whole), []
+                    if not bool(pattern.any()):
+                        raise ValueError(
+                            "intensity: must rise above background and noise within the model's range"
+                        )
+                    patterns.append(pattern)
+                else:
+                    doublet = scan.is_doublet and scan.kind == "scan"
+                    found, notes = predictor.lines_on_axis(
+                        scan.two_theta, scan.intensity, scan.wavelength, is_doublet=doublet
+                    )
+                    patterns.append(None)
+                    lines.append(found)
+            except ValueError as error:
+                failures.append(Failure(scan.scan_id, scan.file, scan.member, scan.scan_index, str(error)))
+                continue
+            ready.append((scan, notes))
+        of_lines = iter(predictor.prepare_lines(lines) if lines else ())
+        intensity = [next(of_lines) if pattern is None else pattern for pattern in patterns]
+        return (
+            ready,
+            torch.stack(intensity) if intensity else torch.empty(0, predictor.grid.n_points),
+            failures,
+        )
 
     def digest(self) -> str:
         """Names everything but the scans that answers depend on."""
@@ -236,18 +263,13 @@ class Screener:
         settings = {
             "grid": vars(self.predictor.grid),
             "wavelength": self.predictor.wavelength,
+            "profile": self.predictor.augment.profile,
             "calibration": calibration.to_dict() if calibration else None,
             "given": vars(self.given) if self.given else None,
             "top_k": self.top_k,
         }
         found.update(json.dumps(settings, sort_keys=True).encode())
         return found.hexdigest()
-
-    def _grid(self, patterns: Sequence[Any]) -> Tensor:
-        offset = torch.tensor([0, *(len(pattern.two_theta) for pattern in patterns)]).cumsum(0)
-        two_theta = torch.cat([torch.from_numpy(pattern.two_theta) for pattern in patterns])
-        intensity = torch.cat([torch.from_numpy(pattern.intensity) for pattern in patterns])
-        return sticks_to_grid(offset, two_theta, intensity, self.predictor.grid)
 
     def _rows(
         self, scans: Sequence[tuple[Prepared, list[str]]], logits: dict[str, Tensor], seconds: float
@@ -302,17 +324,17 @@ class Screener:
         """Chunks with their prepared scans, in order."""
         if self.n_readers == 0:
             for number, chunk in chunks:
-                yield number, chunk, prepare_chunk(chunk, self.given)
+                yield number, chunk, prepare_chunk(chunk, self.given, self.predictor.reads_scans)
             return
-        with _Readers(self.n_readers, self.given) as readers:
+        with _Readers(self.n_readers, self.given, self.predictor.reads_scans) as readers:
             yield from readers.read(chunks)
 
 
 class _Readers:
     """Processes that prepare chunks. One that dies of a chunk takes nothing else with it."""
 
-    def __init__(self, n_readers: int, given: Radiation | None) -> None:
-        self._n_readers, self._given = n_readers, given
+    def __init__(self, n_readers: int, given: Radiation | None, whole: bool) -> None:
+        self._n_readers, self._given, self._whole = n_readers, given, whole
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> _Readers:
@@ -341,7 +363,7 @@ class _Readers:
                 initializer=_begin_reader,
             )
         try:
-            return self._pool.submit(prepare_chunk, chunk, self._given)
+            return self._pool.submit(prepare_chunk, chunk, self._given, self._whole)
         except BrokenProcessPool as error:
             broken: Future[list[Prepared | Failure]] = Future()
             broken.set_exception(error)

@@ -1,4 +1,4 @@
-"""What a reader makes of a scan before the model sees it: its lines, a thumbnail, notes on its quality. No torch."""
+"""What a reader makes of a scan before the model sees it: lines or points, a thumbnail, quality notes. No torch."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _SECOND_DIFFERENCE = (
 
 @dataclass(frozen=True)
 class Prepared:
-    """A scan ready for a model of lines.
+    """A scan ready for a model.
 
     Attributes:
         scan_id, file, member, scan_index, sha256: as `Found`.
         kind: "scan" or "sticks".
         wavelength, wavelength_source, is_doublet: as `Scan`.
         n_points, two_theta_first, two_theta_last: of the scan as measured, degrees.
-        two_theta, intensity: (n_lines,) the lines of a list, or the peaks of a scan.
+        two_theta, intensity: (n_lines,) the lines of a list; of a scan its peaks, or for a model of scans its points.
         notes: what was done, and what is wrong with the pattern, a sentence each.
         thumbnail: 200 bytes, see `thumbnail`.
         seconds: of reading and preparing.
@@ -55,22 +55,24 @@ class Prepared:
     seconds: float
 
 
-def prepare_chunk(chunk: Chunk, given: Radiation | None) -> list[Prepared | Failure]:
+def prepare_chunk(chunk: Chunk, given: Radiation | None, whole: bool) -> list[Prepared | Failure]:
     """Reads and prepares a chunk: the work of a reader process.
 
     Args:
         chunk: of `find_chunks`.
         given: radiation for files that state none.
+        whole: scans keep their points, for a model that reads scans; else their peaks are found.
     """
-    return [found if isinstance(found, Failure) else prepare(found) for found in read_chunk(chunk, given)]
+    found = read_chunk(chunk, given)
+    return [one if isinstance(one, Failure) else prepare(one, whole) for one in found]
 
 
-def prepare_scan(scan: Scan) -> Prepared | Failure:
+def prepare_scan(scan: Scan, whole: bool) -> Prepared | Failure:
     """The same for a scan at hand."""
-    return prepare(Found(scan, scan.path, "", scan.scan, "", 0.0))
+    return prepare(Found(scan, scan.path, "", scan.scan, "", 0.0), whole)
 
 
-def prepare(found: Found) -> Prepared | Failure:
+def prepare(found: Found, whole: bool) -> Prepared | Failure:
     """What the model and the table need of one scan."""
     start = time.perf_counter()
     scan = found.scan
@@ -78,6 +80,7 @@ def prepare(found: Found) -> Prepared | Failure:
     two_theta, intensity, notes = scan.two_theta, scan.intensity, list(scan.notes)
     if kind == "scan":
         notes += _quality(intensity)
+    if kind == "scan" and not whole:
         two_theta, intensity = find_peaks(two_theta, intensity)
         if len(two_theta) == 0:
             reason = "peaks: must stand out of the noise, got none: amorphous, empty or too noisy"

@@ -64,7 +64,7 @@ def screen_with_ray(
         known = sum(pickle.loads(one["chunk"]).n_expected for one in todo)
         done = (
             ray.data.from_items(todo, override_num_blocks=len(todo))
-            .map(_prepare, fn_args=(screener.given,))
+            .map(_prepare, fn_args=(screener.given, screener.predictor.reads_scans))
             .map_batches(
                 _Answer,
                 batch_size=1,
@@ -80,8 +80,8 @@ def screen_with_ray(
     return answered, failed
 
 
-def _prepare(row: dict[str, Any], given: Any) -> dict[str, Any]:
-    prepared = prepare_chunk(pickle.loads(row["chunk"]), given)
+def _prepare(row: dict[str, Any], given: Any, whole: bool) -> dict[str, Any]:
+    prepared = prepare_chunk(pickle.loads(row["chunk"]), given, whole)
     return {**row, "prepared": pickle.dumps(prepared)}
 
 

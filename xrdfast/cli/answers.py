@@ -1,0 +1,237 @@
+"""Verbs that answer for measured patterns: predict, screen, pack."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from xrdfast.cli.group import cli
+from xrdfast.cli.options import DEMO_FOLDER, file_option, wavelength_option
+
+if TYPE_CHECKING:
+    from xrdfast.prediction import Prediction
+
+_SHOWN_SET = 20  # space groups of a set that is meant to hold the true one
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--model",
+    default=f"{DEMO_FOLDER}/model",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Run folder or model file; the default is what `xrdfast demo` trains.",
+)
+@click.option("--kind", type=click.Choice(["auto", "sticks", "scan"]), default="auto", show_default=True)
+@wavelength_option
+@click.option(
+    "--scan", type=click.IntRange(0), help="Which one, in a file of several; without it they are listed."
+)
+@click.option(
+    "--top", default=5, show_default=True, type=click.IntRange(1, 230), help="Space groups to list."
+)
+@file_option("--plot", help="Save a plot (.png, .pdf, .svg).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def predict(
+    file: Path,
+    model: Path,
+    kind: str,
+    wavelength: float | None,
+    scan: int | None,
+    top: int,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Answers for one pattern (an instrument's file, or two columns of text) or one structure (a round trip)."""
+    from xrdfast.errors import InputError
+    from xrdfast.prediction import SymmetryPredictor
+
+    if not model.exists():
+        raise InputError(
+            f"{model}: model: must be a run folder or model file (`xrdfast demo` trains one), got none"
+        )
+    predictor = SymmetryPredictor.load(model)
+    prediction = predictor.predict_file(file, kind=kind, wavelength=wavelength, scan=scan, n_candidates=top)
+    if plot is not None:
+        from xrdfast.report import save_plot
+
+        save_plot(prediction, plot, title=file.name)
+    if as_json:
+        click.echo(json.dumps({"file": str(file)} | prediction.to_dict(), indent=2))
+        return
+    click.echo(f"{file}")
+    show_prediction(prediction)
+    if plot is not None:
+        click.echo(f"plot: {plot}")
+
+
+def show_prediction(prediction: Prediction) -> None:
+    """Prints an answer: how the pattern was read, the ranked space groups, the superclasses."""
+    from xrdfast.prediction import spoken_classes
+    from xrdfast.terminal import print_table
+
+    source = prediction.wavelength_source
+    click.echo(f"  kind {prediction.kind}, wavelength {prediction.wavelength:.5f} Å ({source})")
+    for note in prediction.notes:
+        click.echo(f"  {note}")
+    rows = [
+        (
+            str(rank),
+            candidate.symbol,
+            str(candidate.space_group_number),
+            _percent(candidate.probability),
+            candidate.superclasses["crystal_system"],
+            candidate.superclasses["point_group"],
+            spoken_classes("extinction_group", candidate.superclasses["extinction_group"]),
+        )
+        for rank, candidate in enumerate(prediction.candidates, 1)
+    ]
+    headers = ("#", "space group", "No.", "probability", "crystal system", "point group", "extinction class")
+    print_table(headers, rows, right=(0, 2, 3))
+    rows = [
+        (
+            level.replace("_", " "),
+            ",  ".join(f"{spoken_classes(level, name)} {_percent(share)}" for name, share in ranked[:3]),
+        )
+        for level, ranked in prediction.superclasses.items()
+    ]
+    print_table(("level", "most probable"), rows)
+    if prediction.conformal_set:
+        numbers = ", ".join(map(str, prediction.conformal_set[:_SHOWN_SET]))
+        more = len(prediction.conformal_set) - _SHOWN_SET
+        click.echo(f"95 % set of space groups: {numbers}{f' and {more} more' if more > 0 else ''}")
+    if prediction.true_number:
+        from xrdfast.symmetry import SYMBOLS
+
+        number = prediction.true_number
+        click.echo(f"the structure's own space group (spglib, 0.1 Å): {SYMBOLS[number - 1]}, {number}")
+
+
+def _percent(share: float) -> str:
+    return f"{100.0 * share:.1f} %"
+
+
+@cli.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@file_option("-o", "--output", required=True, help="Table of answers (.parquet).")
+@click.option(
+    "--model",
+    default=f"{DEMO_FOLDER}/model",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Run folder or model file.",
+)
+@wavelength_option
+@click.option(
+    "--top", default=5, show_default=True, type=click.IntRange(1, 230), help="Space groups in a row."
+)
+@click.option("--readers", type=click.IntRange(0, 1024), help="Processes that read; default one a core.")
+@click.option("--watch", is_flag=True, help="Go on with files that appear, until Ctrl-C.")
+@click.option(
+    "--interval", default=2.0, show_default=True, type=click.FloatRange(0.0), help="Seconds, of --watch."
+)
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Progress as lines of JSON on standard error.")
+def screen(
+    paths: tuple[Path, ...],
+    output: Path,
+    model: Path,
+    wavelength: float | None,
+    top: int,
+    readers: int | None,
+    watch: bool,
+    interval: float,
+    engine: str,
+    as_json: bool,
+) -> None:
+    """Answers for many scans: files, folders, patterns, .tar, HDF5 and NPZ stacks, packed scans.
+
+    Killed at any point, the same command goes on where it was. What cannot be answered is in
+    <stem>.errors.jsonl. Under torchrun or srun, processes share the work. Exit code 0: all answered, 1: some not,
+    2: nothing done.
+    """
+    from xrdfast.errors import InputError
+    from xrdfast.screening.pipeline import Screener, rank_of_environment
+    from xrdfast.screening.watching import Watch
+    from xrdfast.terminal import screening_progress
+
+    if output.suffix != ".parquet":
+        raise InputError(f"{output}: --output: must end in .parquet, got another name")
+    if watch and engine == "ray":
+        raise click.UsageError("--watch goes with --engine local")
+    if not model.exists():
+        raise InputError(
+            f"{model}: model: must be a run folder or model file (`xrdfast demo` trains one), got none"
+        )
+    n_readers = (os.cpu_count() or 1) if readers is None else readers
+    screener = Screener(model, wavelength=wavelength, top_k=top, n_readers=n_readers)
+    done = (0, 0)
+
+    with screening_progress(as_json) as show:
+
+        def follow(answered: int, failed: int, known: int) -> None:
+            nonlocal done
+            done = answered, failed
+            show(answered, failed, known)
+
+        try:
+            if engine == "ray":
+                from xrdfast.screening.ray_engine import screen_with_ray
+
+                done = screen_with_ray(screener, paths, output, progress=follow)
+            elif watch:
+                with Watch(interval) as watching:
+                    done = screener.screen(paths, output, progress=follow, watch=watching)
+            else:
+                rank, n_ranks = rank_of_environment()
+                done = screener.screen(paths, output, progress=follow, rank=rank, n_ranks=n_ranks)
+        except InputError as error:
+            if not done[0]:
+                raise
+            click.echo(f"xrdfast: error: {error}; what was answered is kept: run again to go on", err=True)
+            click.get_current_context().exit(1)
+    totals = screener.totals(output)
+    if totals is None:
+        click.echo(
+            f"{output}: {done[0]} answered by this process; other processes are still at work", err=True
+        )
+        totals = done
+    else:
+        click.echo(
+            f"{output}: {totals[0]} answered, {totals[1]} failed; of these now {done[0]} and {done[1]}"
+        )
+    click.get_current_context().exit(0 if totals[0] and not totals[1] else 1 if totals[0] else 2)
+
+
+@cli.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@file_option("-o", "--output", required=True, help="Packed scans (.scans.safetensors).")
+@wavelength_option
+def pack(paths: tuple[Path, ...], output: Path, wavelength: float | None) -> None:
+    """Puts many scans into one file, which `screen` reads fastest."""
+    from xrdfast.bragg import radiation_of
+    from xrdfast.screening.packed import pack as pack_scans
+    from xrdfast.screening.sources import Failure, find_chunks, find_files, read_chunk
+
+    given = None if wavelength is None else radiation_of(wavelength)
+    failed = 0
+
+    def scans() -> Iterable[Any]:
+        nonlocal failed
+        for chunk in find_chunks(find_files(paths)):
+            for found in read_chunk(chunk, given):
+                if isinstance(found, Failure):
+                    failed += 1
+                    click.echo(f"xrdfast: warning: {found.reason}", err=True)
+                else:
+                    yield found.scan
+
+    packed = pack_scans(output, scans())
+    click.echo(f"{output}: {packed} scans, {failed} failed")
+    click.get_current_context().exit(0 if packed and not failed else 1 if packed else 2)
