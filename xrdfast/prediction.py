@@ -35,7 +35,7 @@ from xrdfast.data.store import PatternStore
 from xrdfast.data.structures import PackedStructures, analyse_symmetry, load_structures
 from xrdfast.errors import InputError, shown_path
 from xrdfast.lines import simulate_structure_lines
-from xrdfast.models import SymmetryModel
+from xrdfast.models import SymmetryModel, pretrained_path
 from xrdfast.ops.preprocess import preprocess_scans
 from xrdfast.ops.render import sticks_to_grid
 from xrdfast.posterior import Calibration, JointPosterior, joint_posterior
@@ -161,14 +161,15 @@ class SymmetryPredictor:
         return self.augment.profile != "sticks"
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> SymmetryPredictor:
-        """Reads a run folder or model file.
+    def load(cls, path: str | Path | None = None, device: str | torch.device = "cpu") -> SymmetryPredictor:
+        """Reads a run folder or model file; None: the weights that ship.
 
         Raises:
             InputError: for a file that is missing, damaged, of another kind, or that does not fit its preset.
         """
         from xrdfast.training.checkpoint import load_model, load_model_card
 
+        path = pretrained_path() if path is None else path
         card = load_model_card(path)
         try:
             grid = Grid(**card.grid)

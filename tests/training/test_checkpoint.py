@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from xrdfast.errors import InputError
@@ -16,6 +18,7 @@ from xrdfast.training.checkpoint import (
     load_model,
     load_model_card,
     load_state,
+    publish_model,
     save_model,
     save_state,
 )
@@ -101,3 +104,20 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "s", {"format": "xrdfast-run", "version": "1", "state": "3"})
     with pytest.raises(InputError, match="s: state: must be a JSON object"):
         load_state(tmp_path / "s")
+
+
+def test_a_published_model_is_half_as_long_and_names_no_folder(tmp_path: Path) -> None:
+    model = build_model("tiny")
+    config = {"model": {"preset": "tiny"}, "data": {"stores": ["/a/private/place/x.store.safetensors"]}}
+    save_model(tmp_path / MODEL_FILE, model, dataclasses.replace(CARD, config=config))
+    publish_model(tmp_path, tmp_path / "public.safetensors")
+    card = load_model_card(tmp_path / "public.safetensors")
+    assert card.config == config | {"data": {"stores": ["x.store.safetensors"]}}
+    assert card.calibration == CARD.calibration
+    with safe_open(tmp_path / "public.safetensors", "pt") as file:
+        kinds = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    assert kinds == {torch.float16}
+    again = load_model(tmp_path / "public.safetensors")
+    for name, tensor in model.state_dict().items():
+        assert again.state_dict()[name].dtype == tensor.dtype
+        torch.testing.assert_close(again.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)

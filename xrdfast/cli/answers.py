@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from xrdfast.cli.group import cli
-from xrdfast.cli.options import DEMO_FOLDER, file_option, wavelength_option
+from xrdfast.cli.options import file_option, model_option, wavelength_option
 
 if TYPE_CHECKING:
     from xrdfast.prediction import Prediction
@@ -21,13 +21,7 @@ _SHOWN_SET = 20  # space groups of a set that is meant to hold the true one
 
 @cli.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option(
-    "--model",
-    default=f"{DEMO_FOLDER}/model",
-    show_default=True,
-    type=click.Path(path_type=Path),
-    help="Run folder or model file; the default is what `xrdfast demo` trains.",
-)
+@model_option
 @click.option("--kind", type=click.Choice(["auto", "sticks", "scan"]), default="auto", show_default=True)
 @wavelength_option
 @click.option(
@@ -40,7 +34,7 @@ _SHOWN_SET = 20  # space groups of a set that is meant to hold the true one
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def predict(
     file: Path,
-    model: Path,
+    model: Path | None,
     kind: str,
     wavelength: float | None,
     scan: int | None,
@@ -49,13 +43,8 @@ def predict(
     as_json: bool,
 ) -> None:
     """Answers for one pattern (an instrument's file, or two columns of text) or one structure (a round trip)."""
-    from xrdfast.errors import InputError
     from xrdfast.prediction import SymmetryPredictor
 
-    if not model.exists():
-        raise InputError(
-            f"{model}: model: must be a run folder or model file (`xrdfast demo` trains one), got none"
-        )
     predictor = SymmetryPredictor.load(model)
     prediction = predictor.predict_file(file, kind=kind, wavelength=wavelength, scan=scan, n_candidates=top)
     if plot is not None:
@@ -120,13 +109,7 @@ def _percent(share: float) -> str:
 @cli.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 @file_option("-o", "--output", required=True, help="Table of answers (.parquet).")
-@click.option(
-    "--model",
-    default=f"{DEMO_FOLDER}/model",
-    show_default=True,
-    type=click.Path(path_type=Path),
-    help="Run folder or model file.",
-)
+@model_option
 @wavelength_option
 @click.option(
     "--top", default=5, show_default=True, type=click.IntRange(1, 230), help="Space groups in a row."
@@ -141,7 +124,7 @@ def _percent(share: float) -> str:
 def screen(
     paths: tuple[Path, ...],
     output: Path,
-    model: Path,
+    model: Path | None,
     wavelength: float | None,
     top: int,
     readers: int | None,
@@ -165,10 +148,6 @@ def screen(
         raise InputError(f"{output}: --output: must end in .parquet, got another name")
     if watch and engine == "ray":
         raise click.UsageError("--watch goes with --engine local")
-    if not model.exists():
-        raise InputError(
-            f"{model}: model: must be a run folder or model file (`xrdfast demo` trains one), got none"
-        )
     n_readers = (os.cpu_count() or 1) if readers is None else readers
     screener = Screener(model, wavelength=wavelength, top_k=top, n_readers=n_readers)
     done = (0, 0)

@@ -11,7 +11,7 @@ import click
 
 from xrdfast.cli.answers import show_prediction
 from xrdfast.cli.group import INTERRUPTED, cli
-from xrdfast.cli.options import DEMO_FOLDER, file_option, parse_folds
+from xrdfast.cli.options import file_option, parse_folds
 
 if TYPE_CHECKING:
     from xrdfast.training.config import RunConfig
@@ -133,12 +133,16 @@ def evaluate(
 
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@file_option("-o", "--output", required=True, help="Model file (.onnx or .pt2).")
+@file_option("-o", "--output", required=True, help="Model file (.safetensors, .onnx or .pt2).")
 def export(model: Path, output: Path) -> None:
-    """Writes a trained model for other programs: ONNX, or torch.export's archive."""
+    """Writes a trained model for others: float16 weights, or for other programs ONNX or torch.export's archive."""
     from xrdfast.models.export import export_model
-    from xrdfast.training.checkpoint import load_model
+    from xrdfast.training.checkpoint import load_model, publish_model
 
+    if output.suffix == ".safetensors":
+        publish_model(model, output)
+        click.echo(f"{output}: weights in float16 with their calibration, for --model")
+        return
     export_model(load_model(model), output)
     click.echo(
         f"{output}: intensity (n_patterns, 8500), 0 to 100, to the logits of every task, not calibrated"
@@ -162,7 +166,7 @@ def import_checkpoint(file: Path, output: Path) -> None:
 
 
 @cli.command()
-@click.option("-o", "--output", default=DEMO_FOLDER, show_default=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", default="demo-run", show_default=True, type=click.Path(path_type=Path))
 @click.option(
     "--minutes",
     default=3.5,

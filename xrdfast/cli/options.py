@@ -7,8 +7,6 @@ from pathlib import Path
 
 import click
 
-DEMO_FOLDER = "demo-run"
-
 
 def _wavelength(ctx: click.Context, option: click.Parameter, value: str | None) -> float | None:
     if value is None:
@@ -70,4 +68,9 @@ wavelength_option = click.option(
     callback=_wavelength,
     metavar="Å|NAME",
     help="Angstrom, or a name such as CuKa1, CuKa (the doublet), MoKa1, CoKa1.",
+)
+model_option = click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="Run folder or model file; without it, the weights that ship.",
 )

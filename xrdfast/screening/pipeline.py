@@ -54,7 +54,8 @@ class Screener:
     r"""Symmetry answers for many scans.
 
     Args:
-        model: a predictor, a run folder or model file, or a bare model with the usual axis and no calibration.
+        model: a predictor, a run folder or model file, or a bare model with the usual axis and no calibration; None:
+            the weights that ship.
         wavelength: Angstrom or a name, for scans whose file states none; None assumes copper K-alpha.
         top_k: space groups in a row, 1..230.
         batch_size: patterns that the model takes at once.
@@ -76,7 +77,7 @@ class Screener:
 
     def __init__(
         self,
-        model: SymmetryPredictor | SymmetryModel | str | Path,
+        model: SymmetryPredictor | SymmetryModel | str | Path | None = None,
         *,
         wavelength: str | float | None = None,
         top_k: int = 5,
@@ -90,7 +91,7 @@ class Screener:
         ):
             if not low <= value <= high:
                 raise ValueError(f"Screener: {name} must be in {low}..{high}, got {value}")
-        if isinstance(model, (str, Path)):
+        if model is None or isinstance(model, (str, Path)):
             model = SymmetryPredictor.load(model)
         self.predictor = model if isinstance(model, SymmetryPredictor) else SymmetryPredictor(model)
         self.given = None if wavelength is None else radiation_of(wavelength)

@@ -7,6 +7,7 @@ checkpoints.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -56,6 +57,23 @@ def save_model(path: str | Path, model: SymmetryModel, card: ModelCard) -> None:
     """
     metadata = {"format": "xrdfast-model", "version": _VERSION, "card": json.dumps(vars(card))}
     _write(Path(path), model.state_dict(), metadata)
+
+
+def publish_model(source: str | Path, path: str | Path) -> None:
+    """Writes the model of a run for others: half the bytes (float16), and no path of this machine in its card.
+
+    Args:
+        source: run folder or model file.
+        path: of the file to write.
+
+    Raises:
+        InputError: as `load_model`, or where the file system refuses.
+    """
+    card, model = load_model_card(source), load_model(source).half()
+    config = dict(card.config)
+    if "data" in config:
+        config["data"] = config["data"] | {"stores": [Path(name).name for name in config["data"]["stores"]]}
+    save_model(path, model, dataclasses.replace(card, config=config))
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> SymmetryModel:
