@@ -82,12 +82,15 @@ def test_split_keeps_relatives_together_and_teaches_every_group(prototypes):
 def run(folder: Path, minutes: float) -> tuple[bool, Prediction, dict]:
     shown: list[Prediction] = []
     passed = demo.run_demo(folder, minutes, shown.append)
-    (prediction,) = shown
+    scanned, prediction = shown
+    assert scanned.kind == "scan" and scanned.true_number == 0
     return passed, prediction, json.loads((folder / "metrics.json").read_text())
 
 
 def check_files(folder: Path, prediction: Prediction, metrics: dict) -> None:
-    assert (folder / "answer.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("scan.png", "answer.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    assert np.loadtxt(folder / "scan.xy").shape == (3501, 2)
     lines = np.loadtxt(folder / "pattern.xy")
     assert lines.shape == (len(prediction.pattern.two_theta), 2)
     assert prediction.true_number > 0 and metrics["majority"].keys() >= set(TASKS)
@@ -112,6 +115,14 @@ def test_small_demo(tmp_path, prototypes, monkeypatch, capsys):
     run(tmp_path / "demo", 0.01)  # in the same folder again
 
 
+def test_laboratory_scan_has_the_lines_of_both_wavelengths(prototypes):
+    rutile = prototypes[next(i for i, name in enumerate(prototypes.ids) if "Rutile" in name)]
+    two_theta, counts = demo.laboratory_scan(rutile, Generator().manual_seed(0))
+    # Its strongest line, 110, near 27.4 degrees; the counts far from all lines are the background's.
+    assert abs(two_theta[counts.argmax()] - 27.4) < 0.3 and 4700 < counts.max() < 5400
+    assert 85 < np.median(counts) < 260 and (counts == np.rint(counts)).all()
+
+
 def test_verdict_needs_every_task(tmp_path, prototypes, monkeypatch):
     """All four above the majority class, and crystal system by 15 points: nothing less passes."""
     monkeypatch.setattr(demo, "load_prototypes", lambda: prototypes[::2])
@@ -125,7 +136,7 @@ def test_verdict_needs_every_task(tmp_path, prototypes, monkeypatch):
     majority = dict.fromkeys(TASKS, 0.4)
     monkeypatch.setattr(demo, "majority_baseline", lambda *_: majority)
     outcomes = []
-    training, held_out = demo._prepare(tmp_path)
+    training, held_out = demo._prepare(tmp_path, demo.load_prototypes())
     predictor = demo.SymmetryPredictor(demo_model())
     for change in ({"crystal_system": 0.56}, {"crystal_system": 0.54}, {"point_group": 0.4}, {}):
         shares.update(dict.fromkeys(TASKS, 0.5) | {"crystal_system": 0.6} | change)
