@@ -9,6 +9,7 @@ structure for pymatgen.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import warnings
 from collections.abc import Iterator
@@ -105,7 +106,9 @@ def main() -> None:
     for path in options.paths:
         structures, rejected = load_structures(path)
         pieces = [structures[i : i + 50] for i in range(0, len(structures), 50)]
-        with ProcessPoolExecutor(options.workers) as pool:
+        # Spawned: a fork of a process whose OpenMP threads have run would wait for them for ever.
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(options.workers, mp_context=spawn) as pool:
             rows = [row for part in pool.map(_compare_piece, pieces) for row in part]
         agreeing = [row for row in rows if not row.reason]
         print(f"{path}: {len(agreeing)} of {len(rows)} agree; {len(rejected)} rejected at reading")
