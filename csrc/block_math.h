@@ -43,8 +43,8 @@ struct Simd {
     typedef Integer IntegerVector __attribute__((vector_size(kBytes)));
     static constexpr int kLanes = kBytes / sizeof(T);
     static constexpr int kBlock = 2 * kLanes;
-    // 8 rows are 16 sums of the 32 registers of AVX-512, 4 rows 8 of the 16 registers elsewhere.
-    static constexpr int kRows = kBytes == 64 ? 8 : 4;
+    static constexpr int kRegisters = kBytes == 64 ? 32 : 16;
+    static constexpr int kRows = kRegisters / 4;  // two sums each: half of the registers
 };
 
 constexpr int kRowStep = 8;  // row counts of products are multiples of this
@@ -172,8 +172,9 @@ XRDFAST_ALWAYS_INLINE typename S::Vector exp_nonpositive(typename S::Vector x, d
     return x;
 }
 
+// work.template run<kBytes>() of the best level, whose vectors have best_vector_bytes() bytes.
 #if defined(XRDFAST_MULTIVERSION)
-// work.template run<kBytes>() of the best level. GCC inlines what is always_inline into the function with the target.
+// GCC inlines what is always_inline into the function with the target.
 template <class Work>
 __attribute__((target("arch=x86-64-v4"))) void run_v4(const Work& work) {
     work.template run<64>();
@@ -182,13 +183,18 @@ template <class Work>
 __attribute__((target("arch=x86-64-v3"))) void run_v3(const Work& work) {
     work.template run<32>();
 }
+inline int best_vector_bytes() {
+    return __builtin_cpu_supports("x86-64-v4") ? 64 : __builtin_cpu_supports("x86-64-v3") ? 32 : 16;
+}
 template <class Work>
 void run_best(const Work& work) {
-    if (__builtin_cpu_supports("x86-64-v4")) run_v4(work);
-    else if (__builtin_cpu_supports("x86-64-v3")) run_v3(work);
+    const int bytes = best_vector_bytes();
+    if (bytes == 64) run_v4(work);
+    else if (bytes == 32) run_v3(work);
     else work.template run<16>();
 }
 #else
+inline int best_vector_bytes() { return kVectorBytes; }
 template <class Work>
 void run_best(const Work& work) {
     work.template run<kVectorBytes>();

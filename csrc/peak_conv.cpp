@@ -6,29 +6,31 @@
 #include <algorithm>
 #include <vector>
 
+#include "block_math.h"
 #include "row_kernels.h"
 
 namespace xrdfast {
 namespace {
 
-template <typename T>
-constexpr int kPanel = 2 * kLanes<T>;  // channels of a register tile
-
-// 12 rows x 2 vectors of sums, 2 of weights and a broadcast: 27 of 32 registers.
-constexpr int kTileRows = 12;
+// Rows of a register tile of two vectors. AVX-512: 12 x 2 sums, 2 of weights and a broadcast are 27 of 32 registers;
+// elsewhere 6 x 2, 2 and 1 are 15 of 16.
+template <class S>
+constexpr int kTileRows = S::kRegisters == 32 ? 12 : 6;
 constexpr int kTaps = 3;
-// 96 rows of 128 float channels are 48 kB: with one panel of weights as large they stay in L2 (2 MB).
+// 96 rows of 128 float channels are 48 kB: with one panel of weights as large (AVX-512; else half of that) they stay in
+// L2 (2 MB, 512 kB).
 constexpr int64_t kBlockRows = 96;
-static_assert(kBlockRows % kTileRows == 0, "whole tiles but for the last");
+static_assert(kBlockRows % 12 == 0, "whole tiles but for the last");
 constexpr int64_t kWeightParts = 16;    // partial sums of a weight's gradient
 constexpr int64_t kMinPartRows = 512;   // rows of such a part, at least
 
 // sums[i] += sum over c of a[i * stride + c] * panel[c], for kRows rows and one panel of channels.
-template <typename T, int kRows>
-XRDFAST_INLINE void multiply_add(Vector<T> (&sums)[kRows][2], const T* __restrict a, int64_t stride, int64_t n,
+template <class S, int kRows, typename T>
+XRDFAST_INLINE void multiply_add(typename S::Vector (&sums)[kRows][2], const T* __restrict a, int64_t stride, int64_t n,
                                  const T* __restrict panel) {
+    using V = typename S::Vector;
     for (int64_t c = 0; c < n; ++c) {
-        const Vector<T> left = load(panel + c * kPanel<T>), right = load(panel + c * kPanel<T> + kLanes<T>);
+        const V left = load<V>(panel + c * S::kBlock), right = load<V>(panel + c * S::kBlock + S::kLanes);
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
             const T value = a[i * stride + c];
@@ -38,18 +40,21 @@ XRDFAST_INLINE void multiply_add(Vector<T> (&sums)[kRows][2], const T* __restric
     }
 }
 
-// Weights (n_matrices, n_in, n_out) as (n_matrices, n_panels, n_in, kPanel), with zeros beyond n_out.
+// Weights (n_matrices, n_in, n_out) as (n_matrices, n_panels, n_in, panel), with zeros beyond n_out; a panel is the
+// channels of a register tile.
 template <typename T>
 struct PackedWeights {
     int64_t size;  // of a matrix
     std::vector<T> numbers;
 
-    PackedWeights(const T* weight, int64_t n_matrices, int64_t n_in, int64_t n_out)
-        : size((n_out + kPanel<T> - 1) / kPanel<T> * kPanel<T> * n_in), numbers(n_matrices * size, T(0)) {
+    PackedWeights(const T* weight, int64_t n_matrices, int64_t n_in, int64_t n_out) {
+        const int64_t panel = 2 * best_vector_bytes() / sizeof(T);
+        size = round_up(n_out, panel) * n_in;
+        numbers.assign(n_matrices * size, T(0));
         for (int64_t row = 0; row < n_matrices * n_in; ++row)
             for (int64_t column = 0; column < n_out; ++column)
-                numbers[row / n_in * size + column / kPanel<T> * kPanel<T> * n_in + row % n_in * kPanel<T> +
-                        column % kPanel<T>] = weight[row * n_out + column];
+                numbers[row / n_in * size + column / panel * panel * n_in + row % n_in * panel + column % panel] =
+                    weight[row * n_out + column];
     }
     const T* matrix(int64_t i) const { return numbers.data() + i * size; }
 };
@@ -70,58 +75,64 @@ struct Finish {
     int64_t stride;
 };
 
-// kRows rows and one panel of columns of a sum of products.
-template <typename T, int kRows>
-XRDFAST_INLINE void multiply_tile(const Factor<T>* factors, int n_factors, int64_t row, int64_t column,
-                                  int64_t n_columns, const Finish<T>& finish, T* out, int64_t out_stride) {
-    Vector<T> sums[kRows][2] = {};
-    for (int f = 0; f < n_factors; ++f)
-        multiply_add<T, kRows>(sums, factors[f].rows + row * factors[f].stride, factors[f].stride, factors[f].n,
-                               factors[f].packed + column * factors[f].n);
-    out += row * out_stride + column;
-    const T* residual = finish.residual ? finish.residual + row * finish.stride + column : nullptr;
-    const T* offset = finish.offset ? finish.offset + column : nullptr;
-    for (int i = 0; i < kRows; ++i) {
-        if (n_columns == kPanel<T>) {
-            for (int half = 0; half < 2; ++half) {
-                const int64_t at = half * kLanes<T>;
-                Vector<T> sum = sums[i][half];
-                if (offset) {
-                    sum += load(offset + at);
-                    if (residual) sum += load(residual + i * finish.stride + at);
-                    sum = sum > T(0) ? sum : sum * static_cast<T>(kNegativeSlope);
-                }
-                store(out + i * out_stride + at, sum);
-            }
-            continue;
-        }
-        T whole[kPanel<T>];
-        store(whole, sums[i][0]);
-        store(whole + kLanes<T>, sums[i][1]);
-        for (int64_t c = 0; c < n_columns; ++c) {
-            const T more = residual ? residual[i * finish.stride + c] : T(0);
-            out[i * out_stride + c] = offset ? leaky(whole[c] + offset[c] + more) : whole[c];
-        }
-    }
-}
-
 // n_rows rows of a sum of products, (n_rows, n_out).
 template <typename T>
-XRDFAST_CLONES void multiply_rows(const Factor<T>* factors, int n_factors, int64_t n_rows, int64_t n_out,
-                                  const Finish<T>& finish, T* out, int64_t out_stride) {
-    for (int64_t column = 0; column < n_out; column += kPanel<T>) {
-        const int64_t n_columns = std::min<int64_t>(kPanel<T>, n_out - column);
-        int64_t row = 0;
-        for (; row + kTileRows <= n_rows; row += kTileRows)
-            multiply_tile<T, kTileRows>(factors, n_factors, row, column, n_columns, finish, out, out_stride);
-        for (; row + 4 <= n_rows; row += 4)
-            multiply_tile<T, 4>(factors, n_factors, row, column, n_columns, finish, out, out_stride);
-        for (; row + 2 <= n_rows; row += 2)
-            multiply_tile<T, 2>(factors, n_factors, row, column, n_columns, finish, out, out_stride);
-        for (; row < n_rows; ++row)
-            multiply_tile<T, 1>(factors, n_factors, row, column, n_columns, finish, out, out_stride);
+struct MultiplyRows {
+    const Factor<T>* factors;
+    int n_factors;
+    int64_t n_rows, n_out;
+    Finish<T> finish;
+    T* out;
+    int64_t out_stride;
+
+    template <int kBytes>
+    XRDFAST_INLINE void run() const {
+        using S = Simd<T, kBytes>;
+        for (int64_t column = 0; column < n_out; column += S::kBlock) {
+            int64_t row = 0;
+            for (; row + kTileRows<S> <= n_rows; row += kTileRows<S>) tile<S, kTileRows<S>>(row, column);
+            for (; row + 4 <= n_rows; row += 4) tile<S, 4>(row, column);
+            for (; row + 2 <= n_rows; row += 2) tile<S, 2>(row, column);
+            for (; row < n_rows; ++row) tile<S, 1>(row, column);
+        }
     }
-}
+
+    // kRows rows and one panel of columns.
+    template <class S, int kRows>
+    XRDFAST_INLINE void tile(int64_t row, int64_t column) const {
+        using V = typename S::Vector;
+        V sums[kRows][2] = {};
+        for (int f = 0; f < n_factors; ++f)
+            multiply_add<S, kRows>(sums, factors[f].rows + row * factors[f].stride, factors[f].stride, factors[f].n,
+                                   factors[f].packed + column * factors[f].n);
+        const int64_t n_columns = std::min<int64_t>(S::kBlock, n_out - column);
+        T* to = out + row * out_stride + column;
+        const T* residual = finish.residual ? finish.residual + row * finish.stride + column : nullptr;
+        const T* offset = finish.offset ? finish.offset + column : nullptr;
+        for (int i = 0; i < kRows; ++i) {
+            if (n_columns == S::kBlock) {
+                for (int half = 0; half < 2; ++half) {
+                    const int64_t at = half * S::kLanes;
+                    V sum = sums[i][half];
+                    if (offset) {
+                        sum += load<V>(offset + at);
+                        if (residual) sum += load<V>(residual + i * finish.stride + at);
+                        sum = sum > T(0) ? sum : sum * static_cast<T>(kNegativeSlope);
+                    }
+                    store(to + i * out_stride + at, sum);
+                }
+                continue;
+            }
+            T whole[S::kBlock];
+            store(whole, sums[i][0]);
+            store(whole + S::kLanes, sums[i][1]);
+            for (int64_t c = 0; c < n_columns; ++c) {
+                const T more = residual ? residual[i * finish.stride + c] : T(0);
+                to[i * out_stride + c] = offset ? leaky(whole[c] + offset[c] + more) : whole[c];
+            }
+        }
+    }
+};
 
 // Rows that are neighbours of each other, `stride` numbers apart; zero beyond both ends.
 template <typename T>
@@ -141,7 +152,8 @@ void convolve_rows(const Sequence<T>& x, int64_t n_in, const PackedWeights<T>& w
             const bool beyond = first < 0 || first >= x.n_rows;
             factors[tap] = {beyond ? zeros : x.rows + first * x.stride, x.stride, n_in, weights.matrix(tap)};
         }
-        multiply_rows(factors, kTaps, to - from, n_out, finish, out + (from - begin) * out_stride, out_stride);
+        run_best(MultiplyRows<T>{factors, kTaps, to - from, n_out, finish, out + (from - begin) * out_stride,
+                                 out_stride});
     };
     // Where a tap meets zeros, rows go one by one.
     const int64_t reach = shift < 0 ? -shift : shift;
@@ -152,60 +164,69 @@ void convolve_rows(const Sequence<T>& x, int64_t n_in, const PackedWeights<T>& w
     for (int64_t r = inner_end; r < end; ++r) some(r, r + 1);
 }
 
-// sums (kRows channels of x, kPanel of grad_out) += the outer products of rows [begin, end); `shift` leads to x's rows.
-template <typename T, int kRows>
-XRDFAST_INLINE void add_outer_products(const PeakConvWeightParams<T>& p, int64_t begin, int64_t end, int64_t shift,
-                                       int64_t channel, int64_t column, T* grad) {
-    Vector<T> sums[kRows][2];
-    for (int i = 0; i < kRows; ++i) {
-        sums[i][0] = load(grad + i * p.n_out);
-        sums[i][1] = load(grad + i * p.n_out + kLanes<T>);
-    }
-    for (int64_t r = begin; r < end; ++r) {
-        const T *g = p.grad_out + r * p.n_out + column, *x = p.x + (r + shift) * p.n_in + channel;
-        const Vector<T> left = load(g), right = load(g + kLanes<T>);
-#pragma GCC unroll 16
-        for (int i = 0; i < kRows; ++i) {
-            sums[i][0] += x[i] * left;
-            sums[i][1] += x[i] * right;
-        }
-    }
-    for (int i = 0; i < kRows; ++i) {
-        store(grad + i * p.n_out, sums[i][0]);
-        store(grad + i * p.n_out + kLanes<T>, sums[i][1]);
-    }
-}
-
 // Adds what rows [begin, end) of grad_out give to `grad` (3, n_in, n_out).
 template <typename T>
-XRDFAST_CLONES void add_weight_gradient(const PeakConvWeightParams<T>& p, int64_t begin, int64_t end, T* grad) {
-    const int64_t whole_columns = p.n_out / kPanel<T> * kPanel<T>;
-    for (int64_t block = begin; block < end; block += kBlockRows) {
-        for (int tap = 0; tap < kTaps; ++tap) {
-            const int64_t shift = (tap - 1) * p.shift;
-            const int64_t first = std::max(block, -shift);
-            const int64_t last = std::min({end, block + kBlockRows, p.n_rows - shift});
-            for (int64_t channel = 0; channel < p.n_in;) {
-                const int64_t left = p.n_in - channel, n = left >= kTileRows ? kTileRows : left >= 4 ? 4 : 1;
-                T* at = grad + (tap * p.n_in + channel) * p.n_out;
-                for (int64_t column = 0; column < whole_columns; column += kPanel<T>) {
-                    if (n == kTileRows)
-                        add_outer_products<T, kTileRows>(p, first, last, shift, channel, column, at + column);
-                    else if (n == 4)
-                        add_outer_products<T, 4>(p, first, last, shift, channel, column, at + column);
-                    else
-                        add_outer_products<T, 1>(p, first, last, shift, channel, column, at + column);
+struct AddWeightGradient {
+    const PeakConvWeightParams<T>& p;
+    int64_t begin, end;
+    T* grad;
+
+    template <int kBytes>
+    XRDFAST_INLINE void run() const {
+        using S = Simd<T, kBytes>;
+        const int64_t whole_columns = p.n_out / S::kBlock * S::kBlock;
+        for (int64_t block = begin; block < end; block += kBlockRows) {
+            for (int tap = 0; tap < kTaps; ++tap) {
+                const int64_t shift = (tap - 1) * p.shift;
+                const int64_t first = std::max(block, -shift);
+                const int64_t last = std::min({end, block + kBlockRows, p.n_rows - shift});
+                for (int64_t channel = 0; channel < p.n_in;) {
+                    const int64_t left = p.n_in - channel;
+                    const int64_t n = left >= kTileRows<S> && left != 8 ? kTileRows<S> : left >= 4 ? 4 : 1;
+                    T* at = grad + (tap * p.n_in + channel) * p.n_out;
+                    for (int64_t column = 0; column < whole_columns; column += S::kBlock) {
+                        if (n == kTileRows<S>)
+                            tile<S, kTileRows<S>>(first, last, shift, channel, column, at + column);
+                        else if (n == 4)
+                            tile<S, 4>(first, last, shift, channel, column, at + column);
+                        else
+                            tile<S, 1>(first, last, shift, channel, column, at + column);
+                    }
+                    for (int64_t r = first; r < last; ++r)  // columns that fill no panel
+                        for (int64_t i = 0; i < n; ++i)
+                            for (int64_t column = whole_columns; column < p.n_out; ++column)
+                                at[i * p.n_out + column] +=
+                                    p.x[(r + shift) * p.n_in + channel + i] * p.grad_out[r * p.n_out + column];
+                    channel += n;
                 }
-                for (int64_t r = first; r < last; ++r)  // columns that fill no panel
-                    for (int64_t i = 0; i < n; ++i)
-                        for (int64_t column = whole_columns; column < p.n_out; ++column)
-                            at[i * p.n_out + column] +=
-                                p.x[(r + shift) * p.n_in + channel + i] * p.grad_out[r * p.n_out + column];
-                channel += n;
             }
         }
     }
-}
+
+    // to (kRows channels of x, a panel of grad_out) += the outer products of rows [first, last); `shift` leads to x's.
+    template <class S, int kRows>
+    XRDFAST_INLINE void tile(int64_t first, int64_t last, int64_t shift, int64_t channel, int64_t column, T* to) const {
+        using V = typename S::Vector;
+        V sums[kRows][2];
+        for (int i = 0; i < kRows; ++i) {
+            sums[i][0] = load<V>(to + i * p.n_out);
+            sums[i][1] = load<V>(to + i * p.n_out + S::kLanes);
+        }
+        for (int64_t r = first; r < last; ++r) {
+            const T *g = p.grad_out + r * p.n_out + column, *x = p.x + (r + shift) * p.n_in + channel;
+            const V left = load<V>(g), right = load<V>(g + S::kLanes);
+#pragma GCC unroll 16
+            for (int i = 0; i < kRows; ++i) {
+                sums[i][0] += x[i] * left;
+                sums[i][1] += x[i] * right;
+            }
+        }
+        for (int i = 0; i < kRows; ++i) {
+            store(to + i * p.n_out, sums[i][0]);
+            store(to + i * p.n_out + S::kLanes, sums[i][1]);
+        }
+    }
+};
 
 // Rows [begin, end) of the pool of a whole stage.
 template <typename T>
@@ -247,8 +268,8 @@ void peak_conv_weight_cpu(const PeakConvWeightParams<T>& p, int n_threads) {
     std::vector<T> parts(n_parts * size, T(0));
 #pragma omp parallel for schedule(static) num_threads(n_threads) if (n_threads > 1 && n_parts > 1)
     for (int64_t i = 0; i < n_parts; ++i)
-        add_weight_gradient(p, std::min(p.n_rows, i * n_rows), std::min(p.n_rows, (i + 1) * n_rows),
-                            parts.data() + i * size);
+        run_best(AddWeightGradient<T>{p, std::min(p.n_rows, i * n_rows), std::min(p.n_rows, (i + 1) * n_rows),
+                                      parts.data() + i * size});
     std::copy_n(parts.data(), size, p.grad_weight);
     for (int64_t i = 1; i < n_parts; ++i) {
         const T* part = parts.data() + i * size;
@@ -298,8 +319,8 @@ void peak_stage_cpu(const PeakStageParams<T>& p, int n_threads) {
             for (int tap = 0; tap < kTaps; ++tap) factors[tap] = {inner.data() + tap * n, n, n, second.matrix(tap)};
             if (p.widen) factors[kTaps] = {own, x.stride, p.n_in, widen.matrix(0)};
             const Finish<T> finish{p.offset2, p.widen ? nullptr : own, x.stride};
-            multiply_rows(factors, p.widen ? kTaps + 1 : kTaps, end - begin, n, finish,
-                          p.y + (begin * p.shift + i / n_blocks) * n, p.shift * n);
+            run_best(MultiplyRows<T>{factors, p.widen ? kTaps + 1 : kTaps, end - begin, n, finish,
+                                     p.y + (begin * p.shift + i / n_blocks) * n, p.shift * n});
         }
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < n_pools; ++b)

@@ -10,6 +10,9 @@
 namespace xrdfast {
 namespace {
 
+template <typename T>
+constexpr int64_t kLineChannels = 64 / sizeof(T);  // of a cache line
+
 // The channels' factors of a norm: y = (h - mean) * scale + beta.
 template <typename T>
 struct Factors {
@@ -251,7 +254,7 @@ void peak_norm_backward_cpu(const PeakNormParams<T>& p, const PeakNormGrads<T>& 
         for (int64_t j = 0; j < p.n_rows_out; ++j)
             if (p.take[j] >= p.n_touched || (p.n_take == 2 && p.take[p.n_rows_out + j] >= p.n_touched))
                 takers.push_back(j);
-    const int64_t n_slices = takers.empty() ? 0 : blocks_of(n, kLanes<T>);
+    const int64_t n_slices = takers.empty() ? 0 : blocks_of(n, kLineChannels<T>);
     std::vector<T> sums(2 * n_blocks * n);
 #pragma omp parallel num_threads(n_threads) if (n_threads > 1 && n_blocks > 4)
     {
@@ -265,7 +268,7 @@ void peak_norm_backward_cpu(const PeakNormParams<T>& p, const PeakNormGrads<T>& 
             pass_to_touched(p, scale, grads, b * kSumRows, std::min(p.n_rows_out, (b + 1) * kSumRows), room.data());
 #pragma omp for schedule(static)
         for (int64_t s = 0; s < n_slices; ++s)
-            pass_to_blank(p, scale, grads, takers, s * kLanes<T>, std::min(n, (s + 1) * kLanes<T>), room.data());
+            pass_to_blank(p, scale, grads, takers, s * kLineChannels<T>, std::min(n, (s + 1) * kLineChannels<T>), room.data());
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < n_blocks; ++b)
             sum_gradients(p, rstd, grads.grad_residual, b * kSumRows, std::min(p.n_rows, (b + 1) * kSumRows),
