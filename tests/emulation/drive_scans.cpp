@@ -68,7 +68,7 @@ void check_preprocessing(int64_t smooth_points, bool strips, bool long_scans) {
     for (const double center : {20.0, 30.0}) {
         const auto at = static_cast<int64_t>(std::lround((center - begin) / step));
         expect(own[at] > 90.0f, "top of a peak", own[at], 100.0);
-        expect(own[at + 40] == 0.0f, "foot of a peak", own[at + 40], 0.0);
+        expect(own[at + 40] < 0.5f, "foot of a peak", own[at + 40], 0.0);
     }
     expect(measured[4] == 125 && measured[5] == 575, "measured range", measured[4], 125);
 }
