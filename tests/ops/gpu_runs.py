@@ -22,10 +22,10 @@ def on_a_gpu(call: Callable[[], Sequence[Tensor]], *, captures: bool = True) -> 
     stream.wait_stream(torch.cuda.current_stream())
     filled = torch.are_deterministic_algorithms_enabled()
     with torch.cuda.stream(stream):
-        first = list(call())
+        first = [tensor.detach() for tensor in call()]
         try:
             torch.use_deterministic_algorithms(True)  # which fills new memory
-            second = list(call())
+            second = [tensor.detach() for tensor in call()]
         finally:
             torch.use_deterministic_algorithms(filled)
     stream.synchronize()
@@ -33,7 +33,7 @@ def on_a_gpu(call: Callable[[], Sequence[Tensor]], *, captures: bool = True) -> 
     if captures:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            third = list(call())
+            third = [tensor.detach() for tensor in call()]
         for tensor in third:  # the replay has to write every number
             tensor.fill_(
                 torch.nan if tensor.is_floating_point() else True if tensor.dtype == torch.bool else -7
