@@ -42,9 +42,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200 (80 GB)")
     monkeypatch.setattr(gpu_check, "device", lambda: {"name": "NVIDIA H200 (80 GB)"})
     monkeypatch.setattr(gpu_check._native, "build", lambda: [Path("_cuda.so")])
-    monkeypatch.setattr(gpu_check, "run_tests", lambda: told["tests"])
-    monkeypatch.setattr(gpu_check, "run_sanitizer", lambda tool: told["sanitizer"])
-    monkeypatch.setattr(gpu_check, "run_benchmarks", lambda arguments: told["benchmarks"])
+    monkeypatch.setattr(gpu_check, "run_tests", lambda *given: told["tests"])
+    monkeypatch.setattr(gpu_check, "run_sanitizer", lambda *given: told["sanitizer"])
+    monkeypatch.setattr(gpu_check, "run_benchmarks", lambda *given: told["benchmarks"])
     return told
 
 
@@ -75,6 +75,14 @@ def test_any_failure_is_named_and_fails_the_whole(steps, tmp_path: Path, changes
     steps |= changes
     assert gpu_check.main(["--out", str(tmp_path)]) == 1
     assert failure in json.loads((tmp_path / "nvidia-h200-80-gb.json").read_text())["failures"]
+
+
+def test_a_sanitizer_that_runs_out_of_time_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: "/bin/" + name)
+    monkeypatch.setattr(
+        gpu_check, "run_tests", lambda *given: {"exit_code": 124, "told": ["took longer than 9 s"]}
+    )
+    assert gpu_check.run_sanitizer("memcheck", 9.0) == {"skipped": "took longer than 9 s"}
 
 
 def test_a_failed_build_ends_it(steps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
