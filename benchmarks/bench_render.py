@@ -14,7 +14,7 @@ from xrdfast.ops.render_patterns import render_patterns
 _BATCH, _FAMILIES, _WAVELENGTH = 512, 150, 1.54056
 
 
-def _families() -> tuple[torch.Tensor, ...]:
+def families() -> tuple[torch.Tensor, ...]:
     """A batch in which every pattern has 150 families."""
     batch = pattern_batch(_BATCH, n_families=2 * _FAMILIES)
     offset = torch.arange(_BATCH + 1) * _FAMILIES
@@ -24,7 +24,7 @@ def _families() -> tuple[torch.Tensor, ...]:
 
 def test_sticks(benchmark, row, threads) -> None:
     threads(1)
-    rows = _families()[:6]
+    rows = families()[:6]
     call = lambda: render_sticks(*rows, wavelength=_WAVELENGTH, grid=Grid())  # noqa: E731
     call()
     took = min(seconds(call) for _ in range(10))
@@ -40,7 +40,7 @@ def test_sticks(benchmark, row, threads) -> None:
 def test_augmented_patterns(benchmark, row, threads) -> None:
     """The laboratory's ranges: doublet, texture, noise, clip and patches, all drawn anew for every pattern."""
     threads(1)
-    rows = _families()
+    rows = families()
     generator, identity = torch.Generator().manual_seed(0), torch.arange(_BATCH)
 
     def call() -> None:

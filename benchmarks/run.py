@@ -21,15 +21,20 @@ def processor() -> str:
     return f"{names[0] if names else platform.machine()}, {len(names) or '?'} cores, {level}"
 
 
-def run_benchmarks(arguments: list[str]) -> tuple[int, list[dict[str, object]]]:
-    """Pytest's exit code for these files and options, and the rows that the benchmarks left."""
+OUT_OF_TIME = 124
+
+
+def run_benchmarks(arguments: list[str], limit: float | None = None) -> tuple[int, list[dict[str, object]]]:
+    """Pytest's exit code for these files and options, and the rows that the benchmarks left; `limit` in seconds."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pytest", *arguments, "-q", "-p", "benchmark"]
         command += ["--override-ini=addopts=", "--override-ini=python_files=bench_*.py"]
-        code = subprocess.run(
-            [*command, f"--benchmark-json={report}"], cwd=FOLDER.parent, check=False
-        ).returncode
+        command += [f"--benchmark-json={report}"]
+        try:
+            code = subprocess.run(command, cwd=FOLDER.parent, timeout=limit, check=False).returncode
+        except subprocess.TimeoutExpired:
+            code = OUT_OF_TIME
         if not report.exists() or not report.stat().st_size:
             return code, []
         return code, [

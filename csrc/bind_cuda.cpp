@@ -3,13 +3,16 @@
 // neither torch nor CUDA headers, so the C++ compiler alone makes it.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
 #include "preprocess.h"
 #include "bind_dsr_loss.h"
 #include "peak_attention.h"
+#include "peak_conv.h"
 #include "peak_norm.h"
+#include "peak_plan.h"
 #include "render.h"
 #include "render_patterns.h"
 #include "simulate.h"
@@ -70,10 +73,90 @@ void bind_peak_attention(py::module_& m, const std::string& dtype) {
         py::call_guard<py::gil_scoped_release>());
 }
 
+// `padding` and `room` are on the host.
+template <typename T>
+PeakCountParams<T> plan_of(uintptr_t intensity, uintptr_t padding, int64_t n_patterns, int64_t length,
+                           int64_t n_stages, int64_t reach, int64_t max_gap, uintptr_t felt, uintptr_t computed,
+                           uintptr_t first_row, uintptr_t n_rows, uintptr_t blank) {
+    if (n_stages < 1 || n_stages > kMaxPackedStages) throw std::invalid_argument("peak_plan: too many packed stages");
+    PeakCountParams<T> params{at<const T>(intensity), n_patterns, length, n_stages, {}, reach, max_gap,
+                              at<uint8_t>(felt), at<uint8_t>(computed), at<int64_t>(first_row), at<int64_t>(n_rows),
+                              at<int64_t>(blank)};
+    std::copy_n(at<const int64_t>(padding), n_stages, params.padding);
+    return params;
+}
+
+template <typename T>
+void bind_peak_plan(py::module_& m, const std::string& type) {
+    const py::call_guard<py::gil_scoped_release> unlocked;
+    m.def(
+        ("peak_count_" + type).c_str(),
+        [](uintptr_t intensity, uintptr_t padding, int64_t n_patterns, int64_t length, int64_t n_stages, int64_t reach,
+           int64_t max_gap, uintptr_t felt, uintptr_t computed, uintptr_t first_row, uintptr_t n_rows, uintptr_t blank,
+           uintptr_t stream) {
+            const PeakCountParams<T> params = plan_of<T>(intensity, padding, n_patterns, length, n_stages, reach,
+                                                         max_gap, felt, computed, first_row, n_rows, blank);
+            check("peak_count", peak_count_cuda(params, at<void>(stream)));
+        },
+        unlocked);
+    m.def(
+        ("peak_list_" + type).c_str(),
+        [](uintptr_t intensity, uintptr_t padding, int64_t n_patterns, int64_t length, int64_t n_stages, int64_t reach,
+           int64_t max_gap, uintptr_t felt, uintptr_t computed, uintptr_t first_row, uintptr_t n_rows, uintptr_t blank,
+           uintptr_t room, uintptr_t overflow, uintptr_t point, uintptr_t position, uintptr_t count, uintptr_t halo,
+           uintptr_t pairs, uintptr_t row_at, uintptr_t stream) {
+            const PeakCountParams<T> params = plan_of<T>(intensity, padding, n_patterns, length, n_stages, reach,
+                                                         max_gap, felt, computed, first_row, n_rows, blank);
+            PeakListParams lists{{},
+                                 at<bool>(overflow),
+                                 at<int64_t>(point),
+                                 at<int64_t>(position),
+                                 at<float>(count),
+                                 at<int32_t>(halo),
+                                 at<int32_t>(pairs),
+                                 at<int32_t>(row_at)};
+            std::copy_n(at<const int64_t>(room), n_stages + 1, lists.room);
+            check("peak_list", peak_list_cuda(params, lists, at<void>(stream)));
+        },
+        unlocked);
+}
+
 // The operators of one floating-point type, under names that end in it.
 template <typename T>
 void bind_peak_conv(py::module_& m, const std::string& type) {
     const py::call_guard<py::gil_scoped_release> unlocked;
+    m.def(
+        ("peak_conv_" + type).c_str(),
+        [](uintptr_t x, uintptr_t weight, uintptr_t out, int64_t n_rows, int64_t n_in, int64_t n_out, int64_t shift,
+           uintptr_t stream) {
+            const PeakConvParams<T> params{at<const T>(x), at<const T>(weight), at<T>(out), n_rows, n_in, n_out, shift};
+            check("peak_conv", peak_conv_cuda(params, at<void>(stream)));
+        },
+        unlocked);
+    m.def(
+        ("peak_conv_weight_" + type).c_str(),
+        [](uintptr_t x, uintptr_t grad_out, uintptr_t grad_weight, int64_t n_rows, int64_t n_in, int64_t n_out,
+           int64_t shift, uintptr_t parts, int64_t n_parts, uintptr_t stream) {
+            const PeakConvWeightParams<T> params{at<const T>(x), at<const T>(grad_out), at<T>(grad_weight), n_rows,
+                                                 n_in,           n_out,                 shift};
+            check("peak_conv_weight", peak_conv_weight_cuda(params, at<T>(parts), n_parts, at<void>(stream)));
+        },
+        unlocked);
+    m.def(
+        ("peak_stage_" + type).c_str(),
+        [](uintptr_t x, uintptr_t first, uintptr_t second, uintptr_t widen, uintptr_t offset1, uintptr_t offset2,
+           uintptr_t halo, uintptr_t pairs, uintptr_t y, uintptr_t out, int64_t n_rows, int64_t n_rows_out,
+           int64_t n_in, int64_t n_channels, int64_t n_touched, int64_t shift, bool maximum, uintptr_t inner,
+           uintptr_t stream) {
+            const PeakStageParams<T> params{at<const T>(x),       at<const T>(first),       at<const T>(second),
+                                            at<const T>(widen),   at<const T>(offset1),     at<const T>(offset2),
+                                            at<const int32_t>(halo), at<const int32_t>(pairs), at<T>(y),
+                                            at<T>(out),           n_rows,                   n_rows_out,
+                                            n_in,                 n_channels,               n_touched,
+                                            shift,                maximum};
+            check("peak_stage", peak_stage_cuda(params, at<T>(inner), at<void>(stream)));
+        },
+        unlocked);
     m.def(
         ("peak_norm_" + type).c_str(),
         [](uintptr_t h, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t count, uintptr_t take,
@@ -245,6 +328,8 @@ PYBIND11_MODULE(XRDFAST_MODULE, m) {
     bind_peak_attention<float, float>(m, "float32");
     bind_peak_attention<double, double>(m, "float64");
     bind_peak_attention<float, BFloat16>(m, "bfloat16");
+    bind_peak_plan<float>(m, "float32");
+    bind_peak_plan<double>(m, "float64");
     bind_peak_conv<float>(m, "float32");
     bind_peak_conv<double>(m, "float64");
     define_dsr_loss_cuda<float>(m, "float32");

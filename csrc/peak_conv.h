@@ -62,4 +62,14 @@ struct PeakStageParams {
 template <typename T>
 void peak_stage_cpu(const PeakStageParams<T>& params, int n_threads);
 
+// The same on a device. Return a cudaError_t as int; `stream` is a cudaStream_t.
+template <typename T>
+int peak_conv_cuda(const PeakConvParams<T>& params, void* stream);
+// `parts` is (n_parts, 3, n_in, n_out): as many sums over rows, written side by side and joined in order.
+template <typename T>
+int peak_conv_weight_cuda(const PeakConvWeightParams<T>& params, T* parts, int64_t n_parts, void* stream);
+// `inner` is (n_rows, n_channels): the rows between the two convolutions.
+template <typename T>
+int peak_stage_cuda(const PeakStageParams<T>& params, T* inner, void* stream);
+
 }  // namespace xrdfast

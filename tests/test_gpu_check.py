@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,9 +42,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200 (80 GB)")
     monkeypatch.setattr(gpu_check, "device", lambda: {"name": "NVIDIA H200 (80 GB)"})
     monkeypatch.setattr(gpu_check._native, "build", lambda: [Path("_cuda.so")])
-    monkeypatch.setattr(gpu_check, "run_tests", lambda: told["tests"])
-    monkeypatch.setattr(gpu_check, "run_sanitizer", lambda tool: told["sanitizer"])
-    monkeypatch.setattr(gpu_check, "run_benchmarks", lambda arguments: told["benchmarks"])
+    monkeypatch.setattr(gpu_check, "run_tests", lambda *given: told["tests"])
+    monkeypatch.setattr(gpu_check, "run_sanitizer", lambda *given: told["sanitizer"])
+    monkeypatch.setattr(gpu_check, "run_benchmarks", lambda *given: told["benchmarks"])
     return told
 
 
@@ -76,6 +77,14 @@ def test_any_failure_is_named_and_fails_the_whole(steps, tmp_path: Path, changes
     assert failure in json.loads((tmp_path / "nvidia-h200-80-gb.json").read_text())["failures"]
 
 
+def test_a_sanitizer_that_runs_out_of_time_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: "/bin/" + name)
+    monkeypatch.setattr(
+        gpu_check, "run_tests", lambda *given: {"exit_code": 124, "told": ["took longer than 9 s"]}
+    )
+    assert gpu_check.run_sanitizer("memcheck", 9.0) == {"skipped": "took longer than 9 s"}
+
+
 def test_a_failed_build_ends_it(steps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise gpu_check._native.BuildError("no nvcc on PATH")
@@ -93,6 +102,59 @@ def test_outcomes_are_read_from_junit() -> None:
         "tests.ops::two": "failed: assert 1 == 2",
         "tests.ops::three": "skipped: gemmi is not installed",
         "tests.ops::four": "error: no fixture",
+    }
+
+
+# What a GPU machine has is torch, numpy, safetensors, ninja, pytest and pytest-benchmark; of the rest, what we use.
+MISSING = (
+    "pymatgen spglib gemmi geddes click rich matplotlib pyarrow jinja2 scipy hypothesis ase h5py ray onnx onnxscript "
+    "onnxruntime torchjd pybaselines playwright tensorboard"
+)
+HIDING = """
+import sys
+
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        package = name.partition(".")[0]
+        if package in {MISSING!r}.split():
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+
+sys.meta_path.insert(0, Hidden())
+"""
+
+
+def collected_without_packages(folder: Path, *arguments: str) -> list[str]:
+    """Names of the tests that pytest finds where only the packages of a GPU machine can be imported."""
+    (folder / "sitecustomize.py").write_text(HIDING.replace("{MISSING!r}", repr(MISSING)))
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *gpu_check.SELECTED, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line.partition("[")[0] for line in done.stdout.splitlines() if "::" in line]
+
+
+def test_every_family_is_tested_on_a_machine_with_few_packages(tmp_path: Path) -> None:
+    found = {name.partition("::")[0] for name in collected_without_packages(tmp_path, str(ROOT / "tests"))}
+    families = "device_code dsr_loss peak_attention peak_conv peak_norm peak_plan preprocess render_patterns"
+    wanted = {f"tests/ops/test_{family}.py" for family in families.split()} | {
+        "tests/training/test_on_a_gpu.py"
+    }
+    assert found == wanted
+
+
+def test_benchmarks_of_a_gpu_are_found_on_a_machine_with_few_packages(tmp_path: Path) -> None:
+    options = [
+        "-p",
+        "pytest_benchmark.plugin",
+        "--override-ini=addopts=",
+        "--override-ini=python_files=bench_*.py",
+    ]
+    found = collected_without_packages(tmp_path, *options, str(ROOT / "benchmarks"))
+    assert {name.partition("::")[0] for name in found} == {
+        "benchmarks/bench_dsr_loss.py",
+        "benchmarks/bench_on_a_gpu.py",
     }
 
 

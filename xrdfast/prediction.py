@@ -156,6 +156,10 @@ class SymmetryPredictor:
         self.augment = augment or AugmentConfig()
 
     @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
     def reads_scans(self) -> bool:
         """Whether the model was trained on whole patterns as measured, not on sticks."""
         return self.augment.profile != "sticks"
@@ -193,9 +197,8 @@ class SymmetryPredictor:
 
     def logits(self, intensity: Tensor) -> dict[str, Tensor]:
         """Logits on the CPU, by task, of patterns as `posterior` takes them."""
-        device = next(self.model.parameters()).device
         with torch.inference_mode():
-            logits = self.model(intensity.to(device))._asdict()
+            logits = self.model(intensity.to(self._device))._asdict()
         return {task: rows.float().cpu() for task, rows in logits.items() if rows is not None}
 
     def store_logits(
@@ -220,7 +223,7 @@ class SymmetryPredictor:
                 f"{names}: simulation.wavelength: must be the model's {self.wavelength}, "
                 f"got {store.simulation.wavelength}"
             )
-        source = PatternSource(store, self.grid, self.augment)
+        source = PatternSource(store, self.grid, self.augment, self._device)
         pieces, labels, done = [], [], 0
         for batch in rows.split(_BATCH):
             intensity, number = source.batch(batch)

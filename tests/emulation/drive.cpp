@@ -12,9 +12,9 @@
 #include <tuple>
 #include <vector>
 
+#include "drive.h"
 #include "dsr_loss.h"
 #include "peak_attention.h"
-#include "peak_norm.h"
 #include "render.h"
 #include "render_patterns.h"
 #include "simulate.h"
@@ -22,17 +22,6 @@
 using namespace xrdfast;
 
 namespace {
-
-constexpr double kPi = 3.14159265358979323846;
-int n_wrong = 0;
-
-void expect(bool condition, const char* what, double got, double want) {
-    if (condition) return;
-    if (++n_wrong < 20) std::printf("MISMATCH %s: got %.17g, want %.17g\n", what, got, want);
-}
-void expect_close(double got, double want, double scale, const char* what) {
-    expect(std::fabs(got - want) <= 1e-10 * scale, what, got, want);
-}
 
 using Index = std::tuple<int, int, int>;
 
@@ -293,83 +282,6 @@ void check_attention(int64_t n_patterns, int64_t n, int64_t width, double tolera
     }
 }
 
-// Norm, residual, activation and pool of rows, forward and backward, against sums written out.
-void check_norm(int64_t n_rows, int64_t n_channels, bool maximum, bool batch) {
-    std::mt19937 random(9);
-    std::uniform_real_distribution<double> number(-1.0, 1.0);
-    const auto draw = [&](int64_t n) {
-        std::vector<double> x(n);
-        for (double& value : x) value = number(random);
-        return x;
-    };
-    // Pairs of rows make a row; the last of them is blank: it is taken with -1, and by three more rows.
-    const int64_t n_touched = n_rows - 1, n_out = n_touched / 2 + 3;
-    std::vector<int32_t> take(2 * n_out, static_cast<int32_t>(n_rows - 1));
-    for (int64_t j = 0; j < n_touched / 2; ++j) take[j] = static_cast<int32_t>(2 * j), take[n_out + j] = take[j] + 1;
-    take[n_out + n_touched / 2] = -1;
-    std::vector<float> count(n_rows, 1.0f);
-    count[0] = 0.0f, count[n_rows - 1] = 5.0f;
-    const double total = static_cast<double>(n_rows + 3), eps = 1e-5;
-    const std::vector<double> h = draw(n_rows * n_channels), residual = draw(n_rows * n_channels);
-    const std::vector<double> gamma = draw(n_channels), beta = draw(n_channels), grad_out = draw(n_out * n_channels);
-    std::vector<double> mean(n_channels, 0.3), var(n_channels, 0.7), out(n_out * n_channels);
-    std::vector<double> grad_h(h.size()), grad_z(h.size()), grad_gamma(n_channels), grad_beta(n_channels);
-    std::vector<double> sums(2 * kNormParts * n_channels), weights(kNormParts);
-    std::vector<int32_t> taker, taken(n_rows + 1, 0);
-    for (int32_t r = 0; r < n_rows; ++r) {
-        taken[r] = static_cast<int32_t>(taker.size());
-        for (int32_t place = 0; place < 2 * n_out; ++place)
-            if (take[place] == r) taker.push_back(place);
-    }
-    taken[n_rows] = static_cast<int32_t>(taker.size());
-    const PeakNormParams<double> p{h.data(),    residual.data(), gamma.data(), beta.data(), count.data(), take.data(),
-                                   mean.data(), var.data(),      n_rows,       n_out,       n_channels,   n_touched,
-                                   2,           maximum,         batch,        eps,         total};
-    const PeakNormScratch<double> scratch{sums.data(), weights.data(), taker.data(), taken.data()};
-    expect(peak_norm_cuda(p, scratch, out.data(), nullptr) == 0, "peak_norm", 1, 0);
-    const PeakNormGrads<double> grads{grad_out.data(), grad_h.data(), grad_z.data(), grad_gamma.data(),
-                                      grad_beta.data()};
-    expect(peak_norm_backward_cuda(p, scratch, grads, nullptr) == 0, "peak_norm_backward", 1, 0);
-    for (int64_t c = 0; c < n_channels; ++c) {
-        const auto at = [&](int64_t r) { return r * n_channels + c; };
-        double m = mean[c], v = var[c];
-        if (batch) {
-            m = v = 0.0;
-            for (int64_t r = 0; r < n_rows; ++r) m += count[r] * h[at(r)] / total;
-            for (int64_t r = 0; r < n_rows; ++r) v += count[r] * (h[at(r)] - m) * (h[at(r)] - m) / total;
-            expect_close(mean[c], m, 1.0, "mean");
-            expect_close(var[c], v, 1.0, "variance");
-        }
-        const double rstd = 1.0 / std::sqrt(v + eps);
-        const auto z = [&](int64_t r) { return (h[at(r)] - m) * rstd * gamma[c] + beta[c] + residual[at(r)]; };
-        const auto y = [&](int64_t r) { return r < 0 ? 0.0 : z(r) > 0.0 ? z(r) : kNegativeSlope * z(r); };
-        std::vector<double> want(n_rows, 0.0);
-        for (int64_t j = 0; j < n_out; ++j) {
-            const int64_t a = take[j], b = take[n_out + j];
-            expect_close(out[at(j)], maximum ? std::max(y(a), y(b)) : 0.5 * (y(a) + y(b)), 1.0, "normed");
-            const double g = grad_out[at(j)];
-            const bool second = y(b) > y(a);
-            if (a >= 0) want[a] += maximum ? (second ? 0.0 : g) : 0.5 * g;
-            if (b >= 0) want[b] += maximum ? (second ? g : 0.0) : 0.5 * g;
-        }
-        double plain = 0.0, scaled = 0.0;
-        for (int64_t r = 0; r < n_rows; ++r) {
-            want[r] *= z(r) > 0.0 ? 1.0 : kNegativeSlope;
-            expect_close(grad_z[at(r)], want[r], 1.0, "gradient of the argument");
-            if (count[r] == 0.0f) continue;
-            plain += want[r];
-            scaled += want[r] * (h[at(r)] - m) * rstd;
-        }
-        expect_close(grad_beta[c], plain, 10.0, "gradient of beta");
-        expect_close(grad_gamma[c], scaled, 10.0, "gradient of gamma");
-        for (int64_t r = 0; r < n_rows; ++r) {
-            const double common = batch ? (plain + (h[at(r)] - m) * rstd * scaled) / total : 0.0;
-            const double g = count[r] == 0.0f ? 0.0 : gamma[c] * rstd * (want[r] - count[r] * common);
-            expect_close(grad_h[at(r)], g, 10.0, "gradient of h");
-        }
-    }
-}
-
 // Two heads with ties, against softmaxes written out; gradients of the sum of the losses.
 template <typename Element>
 void check_dsr_loss(int64_t n_patterns, double tolerance) {
@@ -502,15 +414,11 @@ int main(int count, char** values) {
     }
     check_attention<float, float>(2, 131, 32, 1e-5);  // two tiles of rows, five of shared memory
     check_attention<float, BFloat16>(2, 37, 32, 3e-2);
-#if defined(__SANITIZE_THREAD__)  // making a fiber takes a hundred times as long there
-    check_norm(41, 5, true, true);
-#else
-    for (const bool batch : {false, true})
-        for (const bool maximum : {false, true}) check_norm(41, 35, maximum, batch);
-#endif
+    check_rows();
     check_dsr_loss<float>(all.n, 1e-6);
     check_dsr_loss<double>(all.n, 1e-14);
     check_dsr_loss<BFloat16>(all.n, 2e-3);
     check_patterns();
+    check_scans();
     return n_wrong ? 1 : 0;
 }

@@ -37,7 +37,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Ru
         if (name, flags) not in made:
             sources = [HERE / "planted_bugs.cu"]
             if name == "drive":
-                sources = [HERE / "drive.cpp", *sorted(_native.CSRC.glob("*.cu"))]
+                sources = [*sorted(HERE.glob("drive*.cpp")), *sorted(_native.CSRC.glob("*.cu"))]
             target = folder / f"{name}-{flags}"
             command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
             command += [*FLAGS[flags], f"-I{HERE}", f"-I{_native.CSRC}", "-x", "c++"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from xrdfast import _native
 
@@ -22,4 +23,19 @@ def emulated() -> ModuleType:
 def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Threads run forward, backward, or shuffled between barriers."""
     monkeypatch.setenv("CUEMU_ORDER", request.param)
+    return request.param
+
+
+@pytest.fixture
+def gpu() -> None:
+    """Skips where there is no CUDA device; what asks for it is marked `gpu` too, for benchmarks/gpu_check.py."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.fixture(params=["cpu", "emu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The native code that one test body runs on: the processor's, the device's on the emulator, the device's."""
+    if request.param == "cuda":
+        request.getfixturevalue("gpu")
     return request.param

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops.gpu_runs import on_a_gpu
 from xrdfast import _native
 from xrdfast.ops import dsr_loss as dsr
 from xrdfast.ops.dsr_loss import MAX_HEAD_CLASSES, dsr_loss, dsr_loss_reference
@@ -310,12 +311,8 @@ def test_the_backward_checks_what_it_gets() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_on_a_gpu(dtype: torch.dtype) -> None:
-    """On a side stream, the same bits again in memory filled with NaN, and from a captured graph."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+def test_on_a_gpu(gpu, dtype: torch.dtype) -> None:
     module = _native.cuda()
-    assert module is not None
     logits, other = batch(512, HEADS[-1], dtype)
     logits, previous = logits.cuda(), ranked(other, HEADS).cuda()
 
@@ -323,22 +320,9 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
         results = dsr_loss(leaf, previous, class_offset=HEADS)
         return [*results, *torch.autograd.grad(results[0].mean(), leaf)]
 
+    leaf = logits.clone().requires_grad_()
+    on_a_gpu(lambda: step(leaf))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        leaf = logits.clone().requires_grad_()
-        first = step(leaf)
-        torch.use_deterministic_algorithms(True)  # which fills new memory
-        second = step(leaf)
-        torch.use_deterministic_algorithms(False)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        third = step(leaf)
-    graph.replay()
-    torch.cuda.synchronize()
-    for a, *others in zip(first, second, third, strict=True):
-        assert a.is_cuda
-        assert all(torch.equal(a, other) for other in others)
     with torch.cuda.stream(stream):
         check((module, stream.cuda_stream), logits, previous, 4.0, HEADS)

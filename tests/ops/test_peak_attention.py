@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.ops.gpu_runs import on_a_gpu
 from xrdfast import _native
 from xrdfast.models.encoder import BLANK_PATCH, GlobalBranch
 from xrdfast.ops import peak_attention as op
@@ -391,48 +392,22 @@ def test_training_converges_as_the_reference(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_on_a_gpu(dtype: torch.dtype) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    assert _native.cuda() is not None
+def test_on_a_gpu(gpu, dtype: torch.dtype) -> None:
     given = batch(8, 850, 32, dtype)
     grad = given[2].flip(0).contiguous()
 
-    def there(forward: bool) -> Callable:
-        function = op._peak_attention_cuda if forward else op._peak_attention_backward_cuda
-
+    def there(function: Callable) -> Callable:
         def call(*x: Tensor) -> tuple[Tensor, ...]:
-            stream = torch.cuda.Stream()
             moved = [y.cuda() for y in x]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                results = function(*moved)
-            stream.synchronize()
-            assert all(y.is_cuda for y in results)
-            return tuple(y.cpu() for y in results)
+            return tuple(on_a_gpu(lambda: function(*moved)))
 
         return call
 
-    check_parity((there(True), there(False)), given, grad)
-    moved = [x.cuda() for x in given]
-    want = op._peak_attention_cuda(*moved)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = op._peak_attention_cuda(*moved)
-        grads = op._peak_attention_backward_cuda(grad.cuda(), *moved, *got)
-    for x in (*got, *grads):
-        x.fill_(torch.nan)  # poisoned: the replay has to write every number
-    graph.replay()
-    torch.cuda.synchronize()
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
-    assert all(x.isfinite().all() for x in grads)
+    check_parity((there(op._peak_attention_cuda), there(op._peak_attention_backward_cuda)), given, grad)
 
 
 @pytest.mark.gpu
-def test_encoder_on_a_gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+def test_encoder_on_a_gpu(gpu) -> None:
     inputs = encoder_inputs(4, 127, 10, 16, 32, 256)
     moved = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in inputs.items()}
     got = encode_patches(**moved | {"layers": [x.cuda() for x in inputs["layers"]]})

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.ops.gpu_runs import on_a_gpu
 from tests.ops.pattern_batches import (
     cubic_rotations,
     mixed_profiles,
@@ -400,17 +401,12 @@ def test_bad_arguments(at: int, value: object, message: str) -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    assert _native.cuda() is not None
+def test_on_a_gpu(gpu) -> None:
     given = operator_arguments(64, mixed_profiles(64))
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        got = torch.ops.xrdfast.render_patterns(
-            *(x.cuda() if isinstance(x, torch.Tensor) else x for x in given)
-        )
-    stream.synchronize()
+    there = [x.cuda() if isinstance(x, torch.Tensor) else x for x in given]
+    # The kernel alone can be captured; the operator checks profiles and offsets on the host.
+    got = on_a_gpu(lambda: op._patterns_on_device(_native.cuda(), *there))
     want = torch.ops.xrdfast.render_patterns(*given)
-    assert all(x.is_cuda for x in got)
-    assert float(((got[0].cpu() - want[0]).abs() > 1e-3).double().mean()) <= 1e-4
+    assert float(((got[0] - want[0]).abs() > 1e-3).double().mean()) <= 1e-4
+    for mine, theirs in zip(torch.ops.xrdfast.render_patterns(*there), got, strict=True):
+        assert torch.equal(mine.cpu(), theirs)

@@ -100,8 +100,9 @@ def evaluate(
     from xrdfast.evaluation import evaluate_predictions, format_table, majority_baseline
     from xrdfast.prediction import SymmetryPredictor
     from xrdfast.terminal import progress_bar
+    from xrdfast.training.processes import local_device
 
-    predictor = SymmetryPredictor.load(run)
+    predictor = SymmetryPredictor.load(run, local_device("auto"))
     store = PatternStore.open(list(stores))
     rows = store.select(folds)
     if len(rows) == 0:

@@ -114,15 +114,21 @@ class PatternSource:
         store: where the families come from.
         grid: the model's axis.
         augment: what is drawn per pattern.
+        device: where patterns are rendered; only families and draws, made on the CPU, go there.
 
     Raises:
         ValueError: for an axis that reaches beyond the angles the store was simulated for, or an unknown profile.
     """
 
     def __init__(
-        self, store: PatternStore, grid: Grid | None = None, augment: AugmentConfig | None = None
+        self,
+        store: PatternStore,
+        grid: Grid | None = None,
+        augment: AugmentConfig | None = None,
+        device: str | torch.device = "cpu",
     ) -> None:
         self.store = store
+        self.device = torch.device(device)
         self.grid = grid or Grid()
         self.augment = augment or AugmentConfig()
         simulated = store.simulation.two_theta_min, store.simulation.two_theta_max
@@ -146,7 +152,8 @@ class PatternSource:
                 None renders without augmentation.
 
         Returns:
-            intensity (n_patterns, n_points) float32, maximum 100; space_group_number (n_patterns,) int64.
+            intensity (n_patterns, n_points) float32, maximum 100, on the device; space_group_number (n_patterns,)
+            int64, on the CPU.
         """
         families = self.store.gather(indices)
         n_patterns, sticks = len(families), self.augment.profile == "sticks"
@@ -161,7 +168,8 @@ class PatternSource:
         metric = strained_reciprocal_metric(
             families.lattice, families.rotation_offset, families.rotations, strain
         )
-        rows = (families.offset, families.hkl, families.multiplicity, families.f_squared, metric, b_overall)
+        rows = families.offset, families.hkl, families.multiplicity, families.f_squared, metric, b_overall
+        rows = [self._moved(tensor) for tensor in rows]
         axis = {"wavelength": self.store.simulation.wavelength, "grid": self.grid}
         if sticks:
             return render_sticks(*rows, **axis), families.space_group_number
@@ -171,9 +179,13 @@ class PatternSource:
         else:
             profile, pattern_id = draw_profiles(n_patterns, config, generator), torch.arange(n_patterns)
             seed = int(torch.randint(2**62, (), generator=generator))
-        turns = families.rotation_offset, families.rotations
-        rendered = render_patterns(*rows, *turns, profile, pattern_id, seed=seed, **axis)
+        turns = [self._moved(tensor) for tensor in (families.rotation_offset, families.rotations)]
+        profile = type(profile)(*map(self._moved, profile))
+        rendered = render_patterns(*rows, *turns, profile, self._moved(pattern_id), seed=seed, **axis)
         return rendered.intensity, families.space_group_number
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
 
 def draw_strain(n_patterns: int, sigma: float, generator: Generator) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +116,10 @@ class LocalBranch(nn.Module):
 
     The second input channel is the sine of the grid's 2θ itself, as published (Bragg's law would take θ).
     Positions far from every peak are computed once for the whole batch (`xrdfast.ops.peak_plan`).
+
+    Attributes:
+        room: rows that its first stages are packed into, for a CUDA graph; None (always, but for that): counted.
+        overflow: () bool of the last batch, where `room` is set: it had more rows, and its features are of no use.
     """
 
     def __init__(self, n_features: int, dropout: float) -> None:
@@ -131,10 +136,13 @@ class LocalBranch(nn.Module):
         two_theta = TWO_THETA_MIN + TWO_THETA_STEP * torch.arange(N_POINTS, dtype=torch.float64)
         sine = torch.sin(torch.deg2rad(two_theta)).to(torch.get_default_dtype())
         self.register_buffer("sine", sine, persistent=False)
+        self.room: Sequence[int] | None = None
+        self.overflow: Tensor | None = None
 
     def forward(self, intensity: Tensor) -> Tensor:
         """Returns (n_patterns, n_features) from intensity (n_patterns, 8500)."""
-        plan = plan_rows(intensity, [int(i in PADDED_POOLS) for i in range(len(self.blocks))])
+        plan = self.plan(intensity)
+        self.overflow = plan.overflow
         x = self.input_rows(intensity, plan)
         for i, (block, stage) in enumerate(zip(self.blocks, plan.stages, strict=True)):
             x = block(x, stage)
@@ -143,6 +151,10 @@ class LocalBranch(nn.Module):
             if i in DROPOUT_POOLS:
                 x = self.dropout(x)
         return self.project(x)
+
+    def plan(self, intensity: Tensor) -> Plan:
+        """Rows of all blocks."""
+        return plan_rows(intensity, [int(i in PADDED_POOLS) for i in range(len(self.blocks))], room=self.room)
 
     def input_rows(self, intensity: Tensor, plan: Plan) -> Tensor:
         """Rows (n_rows, 2) of the first block: normed intensity and sine, zero beyond the grid."""

@@ -1,7 +1,7 @@
 """3-wide convolutions over the rows of a stage (`xrdfast.ops.peak_plan`), and whole stages in evaluation mode.
 
-On a CPU, thin convolutions are own kernels, wide convolutions library products, on long lists between Winograd's
-transforms. On a GPU they are library products.
+Thin convolutions are own kernels, wide convolutions library products, on a CPU between Winograd's transforms where
+lists are long.
 
 Not for layers and parameters (`xrdfast.models.encoder`) or attention.
 """
@@ -16,12 +16,19 @@ import torch
 from torch import Tensor
 
 from xrdfast import _native
-from xrdfast.ops import LIBRARY, check_tensor
+from xrdfast.ops import LIBRARY, check_tensor, device_stream
 from xrdfast.ops.peak_plan import Stage
 
 KERNEL_WIDTH = 3
 # Wider convolutions are matrix products large enough for the library.
 MAX_NATIVE_WIDTH = 128
+# The same on a GPU: at 64 channels the library's three products take as long by their 8 passes over the rows as ours by
+# arithmetic, at 128 less (reckoned in benchmarks/NOTES.md; bench_peak_conv.py measures it).
+MAX_DEVICE_WIDTH = 64
+# Sums over rows that the weights' gradient on a GPU is made of: as many tiles as keep a device busy, of so many rows.
+_WEIGHT_TILES = 1024
+_TILE_WIDTH = 32
+_MIN_PART_ROWS = 512
 # Fewer rows are not worth Winograd's transforms.
 _WINOGRAD_ROWS = 512
 # Rows of a piece's products: enough for the library, and planes that stay in cache (at 256 channels 4 MB in float32).
@@ -80,7 +87,7 @@ def peak_stage(
 
         y = LeakyReLU(scale2 conv(LeakyReLU(scale1 conv(x, first) + offset1), second) + offset2 + x widen)
 
-    What `peak_conv` and `peak_norm` give one after the other, which it falls back to on wide blocks and GPUs.
+    What `peak_conv` and `peak_norm` give one after the other, which it falls back to on wide blocks.
 
     Args:
         x: float32 or float64.
@@ -276,6 +283,101 @@ def _stage_cpu(
     return out
 
 
+def _on_device(dtype: torch.dtype, *widths: int) -> ModuleType | None:
+    """The CUDA module where it takes the dtype and is better than the library."""
+    return _native.cuda() if dtype in _NATIVE_DTYPES and max(widths) <= MAX_DEVICE_WIDTH else None
+
+
+def _conv_cuda(x: Tensor, weight: Tensor, shift: int) -> Tensor:
+    module = _on_device(x.dtype, *weight.shape[1:])
+    return (
+        peak_conv_reference(x, weight, shift) if module is None else _conv_on_device(module, x, weight, shift)
+    )
+
+
+def _conv_weight_cuda(x: Tensor, grad_out: Tensor, shift: int) -> Tensor:
+    module = _on_device(x.dtype, x.shape[1], grad_out.shape[1])
+    if module is None:
+        return peak_conv_weight_reference(x, grad_out, shift)
+    return _conv_weight_on_device(module, x, grad_out, shift)
+
+
+def _stage_cuda(x, first, second, *rest):
+    module = _on_device(x.dtype, *first.shape[1:])
+    if module is None:
+        return peak_stage_reference(x, first, second, *rest)
+    return _stage_on_device(module, x, first, second, *rest)
+
+
+def _conv_on_device(module: ModuleType, x: Tensor, weight: Tensor, shift: int) -> Tensor:
+    """The kernel of `_cuda`, or of `_emu` in the tests."""
+    x, weight = x.contiguous(), weight.contiguous()
+    out = x.new_empty((len(x), weight.shape[2]))
+    with device_stream(x) as stream:
+        getattr(module, f"peak_conv_{_NATIVE_DTYPES[x.dtype]}")(
+            x.data_ptr(), weight.data_ptr(), out.data_ptr(), *x.shape, weight.shape[2], shift, stream
+        )
+    return out
+
+
+def _conv_weight_on_device(module: ModuleType, x: Tensor, grad_out: Tensor, shift: int) -> Tensor:
+    x, grad_out = x.contiguous(), grad_out.contiguous()
+    shape = (KERNEL_WIDTH, x.shape[1], grad_out.shape[1])
+    tiles = -(-shape[1] // _TILE_WIDTH) * -(-shape[2] // _TILE_WIDTH)
+    n_parts = max(1, min(_WEIGHT_TILES // max(tiles, 1), len(x) // _MIN_PART_ROWS))
+    parts, grad = x.new_empty((n_parts, *shape)), x.new_empty(shape)
+    with device_stream(x) as stream:
+        getattr(module, f"peak_conv_weight_{_NATIVE_DTYPES[x.dtype]}")(
+            x.data_ptr(),
+            grad_out.data_ptr(),
+            grad.data_ptr(),
+            *x.shape,
+            shape[2],
+            shift,
+            parts.data_ptr(),
+            n_parts,
+            stream,
+        )
+    return grad.mT.contiguous().mT  # in the memory order of the parameters
+
+
+def _stage_on_device(
+    module: ModuleType,
+    x,
+    first,
+    second,
+    widen,
+    scale1,
+    offset1,
+    scale2,
+    offset2,
+    halo,
+    pairs,
+    shift,
+    n_touched,
+    maximum,
+):
+    width = second.shape[2]
+    inner, y = x.new_empty((2, len(x), width))
+    out = x.new_empty((pairs.shape[1], width))
+    given = (x, first * scale1, second * scale2, widen, offset1, offset2, halo, pairs, y, out)
+    held = [None if t is None else t.contiguous() for t in given]
+    with device_stream(x) as stream:
+        getattr(module, f"peak_stage_{_NATIVE_DTYPES[x.dtype]}")(
+            *(0 if t is None else t.data_ptr() for t in held),
+            len(x),
+            len(out),
+            x.shape[1],
+            width,
+            n_touched,
+            shift,
+            maximum,
+            inner.data_ptr(),
+            stream,
+        )
+    return out
+
+
 def _has_tiles(x: Tensor, shift: int) -> bool:
     """Whether a wide convolution is worth Winograd's transforms, which cost 7 passes over the weights."""
     return len(x) >= _WINOGRAD_ROWS and shift != 0 and len(x) % shift == 0 and len(x) >= 4 * abs(shift)
@@ -365,9 +467,9 @@ def _winograd_conv_weight(module: ModuleType, x: Tensor, grad_out: Tensor, shift
 LIBRARY.impl("peak_conv", _conv_cpu, "CPU")
 LIBRARY.impl("peak_conv_weight", _conv_weight_cpu, "CPU")
 LIBRARY.impl("peak_stage", _stage_cpu, "CPU")
-LIBRARY.impl("peak_stage", peak_stage_reference, "CUDA")
-LIBRARY.impl("peak_conv", peak_conv_reference, "CUDA")
-LIBRARY.impl("peak_conv_weight", peak_conv_weight_reference, "CUDA")
+LIBRARY.impl("peak_conv", _conv_cuda, "CUDA")
+LIBRARY.impl("peak_conv_weight", _conv_weight_cuda, "CUDA")
+LIBRARY.impl("peak_stage", _stage_cuda, "CUDA")
 torch.library.register_fake("xrdfast::peak_conv", _conv_fake)
 torch.library.register_fake("xrdfast::peak_conv_weight", _conv_weight_fake)
 torch.library.register_fake("xrdfast::peak_stage", _stage_fake)

@@ -97,7 +97,7 @@ class Trainer:
         self._processes = Processes(self.device)
 
         self.store = PatternStore.open(config.data.stores)
-        self.source = PatternSource(self.store, augment=config.augment)
+        self.source = PatternSource(self.store, augment=config.augment, device=self.device)
         self.training, self.validation = self.store.split(
             config.data.folds_validation, clean=config.data.clean
         )
@@ -324,7 +324,7 @@ class Trainer:
         return {task: self._moved(table[number - 1]) for task, table in self._class_index.items()}
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        if self.device.type == "cpu":
+        if tensor.device == self.device:
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 

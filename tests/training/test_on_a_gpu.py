@@ -1,0 +1,141 @@
+"""The whole loop on a device: structures to patterns to steps, in a CUDA graph too, against the same on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.graphed_step import GraphedStep
+from tests.training.tiny import tiny_config, write_cubic_store
+from xrdfast.bragg import Grid
+from xrdfast.data.generate import AugmentConfig, PatternSource
+from xrdfast.data.store import PatternStore
+from xrdfast.models import build_model
+from xrdfast.models.xrdecoupler import SymmetryModel
+from xrdfast.ops.render import render_sticks
+from xrdfast.ops.simulate import simulate_families
+from xrdfast.symmetry import N_CLASSES, TASKS
+from xrdfast.training.balance import Balance, balanced_step
+from xrdfast.training.trainer import Trainer
+
+N_PATTERNS = 4
+
+
+def paper_model() -> SymmetryModel:
+    torch.manual_seed(0)
+    model = build_model("paper").train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # each device draws its own
+    return model
+
+
+def batches(n: int, n_patterns: int = N_PATTERNS) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Sticks and random labels; the last batch is full of points."""
+    generator = torch.Generator().manual_seed(1)
+    intensity = torch.zeros(n, n_patterns, 8500)
+    peaks = torch.randint(0, 8500, (n, n_patterns, 60), generator=generator)
+    intensity.scatter_(2, peaks, 100 * torch.rand(n, n_patterns, 60, generator=generator))
+    intensity[-1] = 100 * torch.rand(n_patterns, 8500, generator=generator)
+    return [
+        (x, {t: torch.randint(0, N_CLASSES[t], (n_patterns,), generator=generator) for t in TASKS})
+        for x in intensity
+    ]
+
+
+def moved(batch: tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+    return batch[0].cuda(), {task: rows.cuda() for task, rows in batch[1].items()}
+
+
+@pytest.mark.gpu
+def test_gradients_of_a_step_equal_those_of_the_cpu(gpu) -> None:
+    """Packed and dense batches of the faithful preset, through the operators of either device."""
+    model = paper_model()
+    there = copy.deepcopy(model).cuda()
+    for batch in batches(2):
+        for which, given in ((model, batch), (there, moved(batch))):
+            which.zero_grad()
+            assert bool(balanced_step(which, *given, Balance("sum", 4, given[0].device)).finite)
+        for (name, mine), theirs in zip(there.named_parameters(), model.parameters(), strict=True):
+            assert mine.grad.is_cuda
+            scale = float(theirs.grad.abs().max())
+            torch.testing.assert_close(mine.grad.cpu(), theirs.grad, rtol=1e-2, atol=1e-2 * scale, msg=name)
+
+
+@pytest.mark.gpu
+def test_a_graph_of_the_whole_step_trains_as_the_step_itself(gpu) -> None:
+    """Sparse batches packed; the full one finds no room and takes the dense graph."""
+    given = [moved(batch) for batch in batches(6)]
+    eager = paper_model().cuda()
+    rows = [
+        len(stage.count) for stage in eager.encoder.local_branch.plan(given[0][0]).stages if stage.shift == 1
+    ]
+    assert rows
+    room = [int(1.2 * n) for n in rows]
+    models, results = (eager, copy.deepcopy(eager)), []
+    for model, graphed in zip(models, (False, True), strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        balance = Balance("mgda", 4, given[0][0].device)
+        initial = {name: x.clone() for name, x in model.state_dict().items()}
+        step = GraphedStep(model, optimizer, balance, *given[0], room) if graphed else None
+        model.load_state_dict(initial)  # the graph's warm-up has trained
+        losses, packed = [], []
+        for batch in given:
+            if step is not None:
+                result, was_packed = step(*batch)
+                packed.append(was_packed)
+            else:
+                optimizer.zero_grad()
+                result = balanced_step(model, *batch, balance)
+                optimizer.step()
+            losses.append(result.losses.clone())
+        results.append(torch.stack(losses))
+        if graphed:
+            assert packed == [True] * 5 + [False]
+    assert all(x.is_cuda for x in results)
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_simulation_rendering_and_training_on_the_device(gpu) -> None:
+    """Structures go there once; neither families, patterns nor gradients come back."""
+    from tests.ops.test_device_code import structures, to_device
+
+    there = to_device(structures()[:4])
+    families = simulate_families(there)
+    metric = torch.linalg.inv(there.lattice @ there.lattice.mT)
+    metric = metric[:, [0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]].contiguous()
+    still = torch.zeros(4, dtype=torch.float64, device="cuda")
+    rows = families.offset, families.hkl, families.multiplicity, families.f_squared
+    intensity = render_sticks(*rows, metric, still, wavelength=1.54056, grid=Grid())
+    assert intensity.is_cuda and intensity.amax(1).tolist() == [100.0] * 4
+    model = paper_model().cuda()
+    labels = {task: torch.arange(4, device="cuda") for task in TASKS}
+    result = balanced_step(model, intensity, labels, Balance("mgda", 4, intensity.device))
+    assert bool(result.finite)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("profile", ["sticks", "lab"])
+def test_a_source_renders_where_it_is_told_to(gpu, tmp_path: Path, profile: str) -> None:
+    write_cubic_store(tmp_path / "cubic.store.safetensors")
+    store, results = PatternStore.open(tmp_path / "cubic.store.safetensors"), []
+    for device in ("cpu", "cuda"):
+        source = PatternSource(store, augment=AugmentConfig(profile=profile), device=device)
+        results.append(source.batch(torch.arange(20), torch.Generator().manual_seed(3)))
+    (want, number), (got, same) = results
+    assert got.is_cuda and torch.equal(number, same)
+    assert float(((got.cpu() - want).abs() > 1e-3).double().mean()) <= 1e-4
+
+
+@pytest.mark.gpu
+def test_the_trainer_finishes_on_the_device(gpu, tmp_path: Path) -> None:
+    write_cubic_store(tmp_path / "cubic.store.safetensors")
+    config = tiny_config(tmp_path / "cubic.store.safetensors", preset="small", device="cuda")
+    result = Trainer(config, tmp_path / "run").run()
+    assert result.status == "finished"
+    assert result.step == 6
