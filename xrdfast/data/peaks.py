@@ -29,8 +29,12 @@ def is_scan(two_theta: NDArray[np.float64]) -> bool:
     n = len(two_theta)
     if n <= _SCAN_POINTS:
         return False
-    even = np.linspace(two_theta[0], two_theta[-1], n)
-    return bool(np.abs(two_theta - even).max() <= 0.5 * (even[1] - even[0]))
+    step = float(two_theta[-1] - two_theta[0]) / (n - 1)
+    off = np.arange(n, dtype=np.float64)
+    off *= -step
+    off += two_theta
+    off -= two_theta[0]
+    return max(float(off.max()), -float(off.min())) <= 0.5 * step
 
 
 def find_peaks(

@@ -92,7 +92,7 @@ class Found:
         scan: as read.
         file, member: path, and name inside a container, "" where there is none.
         index: of the scan in the file or container.
-        sha256: of the file's or member's bytes; of the points for a scan of a stack or packed file.
+        sha256: of the file's or member's bytes; of a scan of a stack or packed file, of its angles and intensities.
         seconds: that reading took.
     """
 
@@ -331,8 +331,8 @@ def _read_container(chunk: Chunk, given: Radiation | None) -> Iterator[Found | F
             except InputError as error:
                 yield _failure(path, "", index, f"{shown_path(path)}: scan {index}: {error}")
                 continue
-            digest = hashlib.sha256(scan.two_theta.tobytes())
-            digest.update(scan.intensity.tobytes())
+            digest = hashlib.sha256(scan.two_theta)
+            digest.update(scan.intensity)
             seconds = time.perf_counter() - start
             yield Found(scan, printable(path), member, index, digest.hexdigest(), seconds)
 
