@@ -50,6 +50,10 @@ def extensions() -> list[Extension]:
 setup(
     packages=[*find_packages(include=["xrdfast", "xrdfast.*"]), "xrdfast.csrc"],
     package_dir={"xrdfast.csrc": "csrc"},
-    package_data={"xrdfast": ["*.json", "weights/*.safetensors"], "xrdfast.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"]},
+    package_data={
+        "xrdfast": ["*.json", "weights/*.safetensors"],
+        "xrdfast.screening": ["page.*"],
+        "xrdfast.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"],
+    },
     ext_modules=extensions(),
 )

@@ -7,8 +7,11 @@ Not for intensities (`xrdfast.ops.simulate`).
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,16 +32,17 @@ KA1_WAVELENGTH = _DOUBLETS["Cu"][0]  # of every grid a model reads
 _SAME_WAVELENGTH = 2e-4
 
 
-def radiations() -> dict[str, float]:
+@functools.cache
+def radiations() -> Mapping[str, float]:
     """Wavelengths by name, Angstrom: CuKa1, CuKa2 and CuKa, the mean weighted 2 to 1, to 5 decimals as quoted."""
-    table = {}
+    table: dict[str, float] = {}
     for anode, (first, second) in _DOUBLETS.items():
         table |= {
             f"{anode}Ka1": first,
             f"{anode}Ka2": second,
             f"{anode}Ka": round((2.0 * first + second) / 3.0, 5),
         }
-    return table
+    return MappingProxyType(table)
 
 
 def wavelength_of(radiation: str | float) -> float:
@@ -114,6 +118,7 @@ class Radiation:
         return self.name.endswith("Ka")
 
 
+@functools.lru_cache(maxsize=1024)  # screening asks for every scan
 def radiation_of(stated: str | float) -> Radiation:
     """Radiation that a name or a single number states; a weighted K-alpha mean means the doublet.
 

@@ -9,6 +9,8 @@ tests derive every table again from spglib and from gemmi.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -150,6 +152,7 @@ def class_index(level: str) -> NDArray[np.int64]:
     return _INDEX[level]
 
 
+@functools.cache
 def class_names(level: str) -> tuple[str, ...]:
     """Names of the classes of a level, by class index.
 

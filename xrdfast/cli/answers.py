@@ -1,4 +1,4 @@
-"""Verbs that answer for measured patterns: predict, screen, pack."""
+"""Verbs that answer for measured patterns: predict, screen, report, pack."""
 
 from __future__ import annotations
 
@@ -186,6 +186,35 @@ def screen(
             f"{output}: {totals[0]} answered, {totals[1]} failed; of these now {done[0]} and {done[1]}"
         )
     click.get_current_context().exit(0 if totals[0] and not totals[1] else 1 if totals[0] else 2)
+
+
+@cli.command()
+@click.argument("results", type=click.Path(path_type=Path))
+@file_option("-o", "--output", required=True, help="The page (.html).")
+@click.option(
+    "--rows",
+    default=10_000,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Scans to list, the most unusual ones.",
+)
+@click.option(
+    "--patterns",
+    default=40,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Of the first rows, scans to read again and draw with background and peaks.",
+)
+def report(results: Path, output: Path, rows: int, patterns: int) -> None:
+    """Turns the answers of `screen` into one HTML page that works offline."""
+    from xrdfast.errors import InputError
+    from xrdfast.screening.page import write_page
+
+    if output.suffix not in (".html", ".htm"):
+        raise InputError(f"{output}: --output: must end in .html, got another name")
+    answered, listed, failed = write_page(results, output, n_rows=rows, n_patterns=patterns)
+    megabytes = output.stat().st_size / 1e6
+    click.echo(f"{output}: {answered} answered ({listed} listed), {failed} failed, {megabytes:.1f} MB")
 
 
 @cli.command()

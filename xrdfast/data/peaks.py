@@ -29,8 +29,12 @@ def is_scan(two_theta: NDArray[np.float64]) -> bool:
     n = len(two_theta)
     if n <= _SCAN_POINTS:
         return False
-    even = np.linspace(two_theta[0], two_theta[-1], n)
-    return bool(np.abs(two_theta - even).max() <= 0.5 * (even[1] - even[0]))
+    step = float(two_theta[-1] - two_theta[0]) / (n - 1)
+    off = np.arange(n, dtype=np.float64)
+    off *= -step
+    off += two_theta
+    off -= two_theta[0]
+    return max(float(off.max()), -float(off.min())) <= 0.5 * step
 
 
 def find_peaks(
@@ -78,17 +82,8 @@ def find_peaks(
         raise ValueError(f"find_peaks: threshold must be > 0, got {threshold}")
     if n < 5 or intensity.max() == intensity.min():
         return np.zeros(0), np.zeros(0)
-    step = (two_theta[-1] - two_theta[0]) / (n - 1)
-    half = min(round(0.5 * _SMOOTHING_WIDTH / step), _strongest_width(intensity) // 2, _MAX_WINDOW // 2)
-    half = min(max(1, half), (n - 1) // 2)
-    smooth = _smooth(intensity, half)
-    block = max(32, round(_NOISE_WIDTH / step))
-    # a window apart, so that noise a detector has smoothed already counts in full
-    apart = min(2 * half + 1, n - 1)
-    noise = _local_median(np.abs(smooth[apart:] - smooth[:-apart]), block, n) / _DIFFERENCE
-    net = smooth - _background(smooth, min(max(2, round(_BACKGROUND_WIDTH / step)), _MAX_WINDOW // 2))
-    # clipped under the valleys of the noise, the background lies too low by up to three deviations
-    net -= np.clip(_local_median(net, block, n), 0.0, 3.0 * noise)
+    smooth, background, noise, half = _levels(two_theta, intensity)
+    net = smooth - background
     top, prominence = _maxima(net, threshold * float(noise.min()))
     strong = (prominence > threshold * noise[top]) & (net[top] > threshold * noise[top])
     strong &= prominence > _MIN_HEIGHT * net.max()
@@ -106,6 +101,37 @@ def find_peaks(
     place = np.interp(top + offset * reach, np.arange(n), two_theta)
     order = np.argsort(place, kind="stable")
     return place[order], 100.0 * (height / height.max())[order]
+
+
+def background_of(two_theta: NDArray[np.float64], intensity: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n_points,) background of a scan, that `find_peaks` stands its peaks on.
+
+    Args:
+        two_theta: (n_points,) degrees, rising, equally spaced.
+        intensity: (n_points,), finite; fewer than five points, or equal ones, are all background.
+    """
+    if len(two_theta) < 5 or intensity.max() == intensity.min():
+        return intensity.astype(np.float64)
+    return _levels(two_theta, intensity)[1]
+
+
+def _levels(
+    two_theta: NDArray[np.float64], intensity: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], int]:
+    """Smoothed intensity, its background and noise, (n_points,) each, and the half width of the smoothing."""
+    n = len(two_theta)
+    step = (two_theta[-1] - two_theta[0]) / (n - 1)
+    half = min(round(0.5 * _SMOOTHING_WIDTH / step), _strongest_width(intensity) // 2, _MAX_WINDOW // 2)
+    half = min(max(1, half), (n - 1) // 2)
+    smooth = _smooth(intensity, half)
+    block = max(32, round(_NOISE_WIDTH / step))
+    # a window apart, so that noise a detector has smoothed already counts in full
+    apart = min(2 * half + 1, n - 1)
+    noise = _local_median(np.abs(smooth[apart:] - smooth[:-apart]), block, n) / _DIFFERENCE
+    background = _background(smooth, min(max(2, round(_BACKGROUND_WIDTH / step)), _MAX_WINDOW // 2))
+    # clipped under the valleys of the noise, the background lies too low by up to three deviations
+    background += np.clip(_local_median(smooth - background, block, n), 0.0, 3.0 * noise)
+    return smooth, background, noise, half
 
 
 def _strongest_width(intensity: NDArray[np.float64]) -> int:

@@ -6,6 +6,7 @@ from, is here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,7 +191,8 @@ def scan_of_points(
     """
     _check_points(two_theta, intensity)
     more = []
-    if negative := int((intensity < 0.0).sum()):
+    if intensity.min() < 0.0:
+        negative = int((intensity < 0.0).sum())
         more.append(f"{negative} negative intensities set to 0")
         intensity = np.maximum(intensity, 0.0)
     radiation, source = stated, "file"
@@ -219,6 +221,31 @@ def _check_points(two_theta: NDArray[np.float64], intensity: NDArray[np.float64]
     """The rules of every scan."""
     if len(two_theta) < 2 or len(two_theta) != len(intensity):
         raise InputError(f"points: must be at least 2, got {len(two_theta)}")
+    lowest, maximum = float(intensity.min()), float(intensity.max())  # NaN where there is one
+    if not (
+        (two_theta[1:] > two_theta[:-1]).all()
+        and two_theta[0] > 0.0
+        and two_theta[-1] < 180.0
+        and -math.inf < lowest
+        and maximum < math.inf
+    ):
+        raise _broken_rule(two_theta, intensity)
+    if maximum <= 0.0:
+        raise InputError(f"intensity: must be positive somewhere, got a maximum of {maximum:g}")
+    if lowest >= 0.0:
+        return
+    if is_scan(two_theta):
+        if lowest < -_DIP * maximum:
+            at = int(intensity.argmin())
+            rule = "at least -5 % of the maximum of the scan"
+            raise InputError(f"point {at + 1}: intensity must be {rule}, got {lowest:.10g}")
+        return
+    at = int(np.argmax(intensity < 0.0))
+    raise InputError(f"point {at + 1}: intensity must be >= 0 in a list of lines, got {intensity[at]:.10g}")
+
+
+def _broken_rule(two_theta: NDArray[np.float64], intensity: NDArray[np.float64]) -> InputError:
+    """The first rule that points break."""
     for bad, field, rule, values in (
         (~np.isfinite(two_theta), "two_theta", "finite", two_theta),
         (~np.isfinite(intensity), "intensity", "finite", intensity),
@@ -232,21 +259,8 @@ def _check_points(two_theta: NDArray[np.float64], intensity: NDArray[np.float64]
     ):
         if bad.any():
             at = int(np.argmax(bad))
-            raise InputError(f"point {at + 1}: {field} must be {rule}, got {values[at]:.10g}")
-    maximum = float(intensity.max())
-    if maximum <= 0.0:
-        raise InputError(f"intensity: must be positive somewhere, got a maximum of {maximum:g}")
-    lowest = float(intensity.min())
-    if is_scan(two_theta):
-        if lowest < -_DIP * maximum:
-            at = int(intensity.argmin())
-            rule = "at least -5 % of the maximum of the scan"
-            raise InputError(f"point {at + 1}: intensity must be {rule}, got {lowest:.10g}")
-    elif lowest < 0.0:
-        at = int(np.argmax(intensity < 0.0))
-        raise InputError(
-            f"point {at + 1}: intensity must be >= 0 in a list of lines, got {intensity[at]:.10g}"
-        )
+            return InputError(f"point {at + 1}: {field} must be {rule}, got {values[at]:.10g}")
+    raise AssertionError("some rule is broken")
 
 
 def _listed(scans: list[Measured]) -> str:

@@ -94,11 +94,11 @@ class SmallEncoder(nn.Module):
         """Returns features (n_patterns, n_features) from intensity (n_patterns, 8500), 0 to 100."""
         # Which weak lines are there decides between space groups: at equal size and training (100,000 patterns) the
         # square root of the intensity gave 48 % top-1, the fourth root 54, the eighth 56.
-        amplitude = (0.01 * intensity).clamp(min=0).sqrt().sqrt().sqrt()
-        n_patterns = amplitude.shape[0]  # len() would fix the number of patterns of an exported model
-        bins = amplitude.new_zeros(n_patterns, N_BINS)
-        bins = bins.scatter_reduce(1, self.bin.expand(n_patterns, -1), amplitude, "amax")
-        x = F.gelu(self.stem(bins[:, :, None]) + self.position)
+        n_patterns = intensity.shape[0]  # len() would fix the number of patterns of an exported model
+        bins = intensity.new_zeros(n_patterns, N_BINS)
+        bins = bins.scatter_reduce(1, self.bin.expand(n_patterns, -1), intensity, "amax")
+        amplitude = (0.01 * bins).sqrt().sqrt().sqrt()  # roots rise, so they may come after the maximum
+        x = F.gelu(self.stem(amplitude[:, :, None]) + self.position)
         for norm, merge in zip(self.norms, self.mergers, strict=True):
             x = F.gelu(merge(norm(x)))
         return self.dropout(self.norm(torch.cat([x.mean(1), x.amax(1)], dim=1)))

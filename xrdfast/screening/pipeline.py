@@ -217,42 +217,42 @@ class Screener:
     ) -> tuple[list[tuple[Prepared, list[str]]], Tensor, list[Failure]]:
         """Scans that the model can answer, with what was done to them; their patterns; the others, with the reason."""
         predictor, failures = self.predictor, []
-        whole = [scan for scan in scans if predictor.reads_scans and scan.kind == "scan"]
-        of_whole = iter(())
+        is_whole = [predictor.reads_scans and scan.kind == "scan" for scan in scans]
+        whole = [scan for scan, is_one in zip(scans, is_whole, strict=True) if is_one]
+        of_whole = torch.empty(0, predictor.grid.n_points)
         if whole:
-            of_whole = iter(
-                predictor.prepare_scans(
-                    [s.two_theta for s in whole], [s.intensity for s in whole], [s.wavelength for s in whole]
-                )
+            of_whole = predictor.prepare_scans(
+                [s.two_theta for s in whole], [s.intensity for s in whole], [s.wavelength for s in whole]
             )
-        ready, patterns, lines = [], [], []
-        for scan in scans:
+        rises = iter((of_whole.amax(dim=1) > 0.0).tolist())
+        ready, lines, of_lines = [], [], []  # of_lines: places in `ready`
+        for scan, is_one in zip(scans, is_whole, strict=True):
+            notes: list[str] = []
             try:
-                if predictor.reads_scans and scan.kind == "scan":
-                    pattern, notes = next(of_whole), []
-                    if not bool(pattern.any()):
-                        raise ValueError(
-                            "intensity: must rise above background and noise within the model's range"
-                        )
-                    patterns.append(pattern)
-                else:
+                if not is_one:
                     doublet = scan.is_doublet and scan.kind == "scan"
                     found, notes = predictor.lines_on_axis(
                         scan.two_theta, scan.intensity, scan.wavelength, is_doublet=doublet
                     )
-                    patterns.append(None)
+                    of_lines.append(len(ready))
                     lines.append(found)
+                elif not next(rises):
+                    raise ValueError(
+                        "intensity: must rise above background and noise within the model's range"
+                    )
             except ValueError as error:
                 failures.append(Failure(scan.scan_id, scan.file, scan.member, scan.scan_index, str(error)))
                 continue
             ready.append((scan, notes))
-        of_lines = iter(predictor.prepare_lines(lines) if lines else ())
-        intensity = [next(of_lines) if pattern is None else pattern for pattern in patterns]
-        return (
-            ready,
-            torch.stack(intensity) if intensity else torch.empty(0, predictor.grid.n_points),
-            failures,
-        )
+        if not lines and len(ready) == len(scans):
+            return ready, of_whole, failures
+        intensity = torch.empty(len(ready), predictor.grid.n_points)
+        is_line = torch.zeros(len(ready), dtype=torch.bool)
+        is_line[of_lines] = True
+        intensity[~is_line] = of_whole[of_whole.amax(dim=1) > 0.0]
+        if lines:
+            intensity[is_line] = predictor.prepare_lines(lines)
+        return ready, intensity, failures
 
     def digest(self) -> str:
         """Names everything but the scans that answers depend on."""

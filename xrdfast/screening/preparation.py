@@ -30,7 +30,8 @@ class Prepared:
         kind: "scan" or "sticks".
         wavelength, wavelength_source, is_doublet: as `Scan`.
         n_points, two_theta_first, two_theta_last: of the scan as measured, degrees.
-        two_theta, intensity: (n_lines,) the lines of a list; of a scan its peaks, or for a model of scans its points.
+        two_theta, intensity: (n_lines,) the lines of a list; of a scan its peaks, or for a model of scans its points,
+            whose intensities are float32, as preprocessing takes them.
         notes: what was done, and what is wrong with the pattern, a sentence each.
         thumbnail: 200 bytes, see `thumbnail`.
         seconds: of reading and preparing.
@@ -49,7 +50,7 @@ class Prepared:
     two_theta_first: float
     two_theta_last: float
     two_theta: NDArray[np.float64]
-    intensity: NDArray[np.float64]
+    intensity: NDArray[np.floating]
     notes: tuple[str, ...]
     thumbnail: bytes
     seconds: float
@@ -77,9 +78,12 @@ def prepare(found: Found, whole: bool) -> Prepared | Failure:
     start = time.perf_counter()
     scan = found.scan
     kind = "scan" if is_scan(scan.two_theta) else "sticks"
-    two_theta, intensity, notes = scan.two_theta, scan.intensity, list(scan.notes)
+    two_theta, notes = scan.two_theta, list(scan.notes)
+    intensity: NDArray[np.floating] = scan.intensity
+    counts = intensity.astype(np.float32)
     if kind == "scan":
-        notes += _quality(intensity)
+        notes += _quality(counts)
+        intensity = counts if whole else intensity
     if kind == "scan" and not whole:
         two_theta, intensity = find_peaks(two_theta, intensity)
         if len(two_theta) == 0:
@@ -103,12 +107,12 @@ def prepare(found: Found, whole: bool) -> Prepared | Failure:
         two_theta=two_theta,
         intensity=intensity,
         notes=tuple(notes),
-        thumbnail=thumbnail(scan.two_theta, scan.intensity),
+        thumbnail=thumbnail(scan.two_theta, counts),
         seconds=found.seconds + time.perf_counter() - start,
     )
 
 
-def thumbnail(two_theta: NDArray[np.float64], intensity: NDArray[np.float64]) -> bytes:
+def thumbnail(two_theta: NDArray[np.float64], intensity: NDArray[np.floating]) -> bytes:
     r"""The pattern in 200 bytes: square root of the highest intensity of each bin of its own range, 0..255.
 
     Args:
@@ -119,15 +123,17 @@ def thumbnail(two_theta: NDArray[np.float64], intensity: NDArray[np.float64]) ->
         >>> thumbnail(np.array([10.0, 60.0]), np.array([25.0, 100.0]))[::199]
         b'\x80\xff'
     """
-    edges = np.linspace(two_theta[0], two_theta[-1], THUMBNAIL_BINS + 1)[:-1]
-    begin = np.searchsorted(two_theta, edges)
+    first, last = two_theta[0], two_theta[-1]
+    begin = np.searchsorted(two_theta, first + (last - first) / THUMBNAIL_BINS * np.arange(THUMBNAIL_BINS))
     highest = np.maximum.reduceat(intensity, np.minimum(begin, len(intensity) - 1))
     highest[np.diff(begin, append=len(intensity)) == 0] = 0.0  # of an empty bin reduceat gives the next point
     return np.rint(255.0 * np.sqrt(highest / highest.max())).astype(np.uint8).tobytes()
 
 
-def _quality(intensity: NDArray[np.float64]) -> list[str]:
-    rough = np.abs(np.diff(intensity, n=2))
+def _quality(intensity: NDArray[np.float32]) -> list[str]:
+    rough = intensity[:-2] - intensity[1:-1]
+    rough += intensity[2:] - intensity[1:-1]
+    np.abs(rough, out=rough)
     noise = float(np.partition(rough, len(rough) // 2)[len(rough) // 2]) / _SECOND_DIFFERENCE
     middle = float(np.partition(intensity, len(intensity) // 2)[len(intensity) // 2])
     height = float(intensity.max()) - middle

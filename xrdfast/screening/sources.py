@@ -92,7 +92,7 @@ class Found:
         scan: as read.
         file, member: path, and name inside a container, "" where there is none.
         index: of the scan in the file or container.
-        sha256: of the file's or member's bytes; of the points for a scan of a stack or packed file.
+        sha256: of the file's or member's bytes; of a scan of a stack or packed file, of its angles and intensities.
         seconds: that reading took.
     """
 
@@ -193,8 +193,7 @@ def find_chunks(files: Iterable[str]) -> Iterator[Chunk]:
     """Chunks of files, in their order but that plain files wait until there are enough for a chunk."""
     waiting: list[str] = []
     for path in files:
-        name = os.path.basename(path).lower()
-        kind = next((kind for suffix, kind in _KINDS.items() if name.endswith(suffix)), None)
+        kind = _kind_of(path)
         if kind is None:
             waiting.append(path)
             if len(waiting) == CHUNK_FILES:
@@ -232,6 +231,39 @@ def read_chunk(chunk: Chunk, given: Radiation | None = None) -> Iterator[Found |
             yield _failure(path, "", -1, f"{shown_path(path)}: scans: must be at least one, got none")
     except InputError as error:
         yield _failure(path, "", -1, str(error))
+
+
+def find_again(file: str, member: str, index: int, sha256: str) -> Scan | None:
+    """A scan that was answered, from where it was found; None where it is no longer there as it was.
+
+    Args:
+        file, member, index, sha256: as `Found` had them.
+    """
+    kind = _kind_of(file)
+    if kind is None:
+        found: Iterable[Found | Failure] = read_chunk(Chunk("files", (file,)))
+    elif kind == "tar":
+        found = _read_member(file, member)
+    else:
+        found = read_chunk(Chunk(kind, (file,), index, index + 1))
+    for one in found:
+        if isinstance(one, Found) and one.index == index:
+            return one.scan if one.sha256 == sha256 else None
+    return None
+
+
+def _read_member(file: str, name: str) -> Iterator[Found | Failure]:
+    with contextlib.suppress(InputError), contextlib.closing(_Tar(file)) as tar:
+        for member in tar.members(0):
+            if printable(member.name) == name:
+                yield from _read_content(tar.content(member), file, name, None, time.perf_counter())
+                return
+
+
+def _kind_of(path: str) -> str | None:
+    """The kind of a container, by its name; None for a plain file."""
+    name = os.path.basename(path).lower()
+    return next((kind for suffix, kind in _KINDS.items() if name.endswith(suffix)), None)
 
 
 def _count(kind: str, path: str) -> int:
@@ -331,8 +363,8 @@ def _read_container(chunk: Chunk, given: Radiation | None) -> Iterator[Found | F
             except InputError as error:
                 yield _failure(path, "", index, f"{shown_path(path)}: scan {index}: {error}")
                 continue
-            digest = hashlib.sha256(scan.two_theta.tobytes())
-            digest.update(scan.intensity.tobytes())
+            digest = hashlib.sha256(scan.two_theta)
+            digest.update(scan.intensity)
             seconds = time.perf_counter() - start
             yield Found(scan, printable(path), member, index, digest.hexdigest(), seconds)
 

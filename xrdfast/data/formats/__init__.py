@@ -118,7 +118,7 @@ def _recognise_text(head: bytes) -> tuple[str, Callable[[bytes], list[Measured]]
         return "Bruker UXD", bruker.read_uxd
     if _CIF.match(head):
         return "CIF", pdcif.read_pdcif
-    if gsas.BANK.search(head):
+    if b"BANK" in head and gsas.BANK.search(head):
         return "GSAS", gsas.read_gsas
     if start_step_stop.starts_and_steps(_text(head)):
         return "text of start, step, stop and counts", lambda data: start_step_stop.read_start_step_stop(
