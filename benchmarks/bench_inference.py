@@ -46,7 +46,10 @@ def same_answers(got: dict[str, Tensor], usual: dict[str, Tensor], exact: dict[s
 
 @pytest.mark.parametrize("name", list(BARS))
 def test_paper_inference(benchmark, row, threads, shared_data, tmp_path, name: str) -> None:
-    """float32, batch 64, two threads, subnormals flushed on all sides; T at its best batch size."""
+    """float32, batch 64, two threads, subnormals flushed on all sides; T at its best batch size.
+
+    Every 4th pattern's answers are compared: float64 takes as long as all the rest.
+    """
     threads(2)
     torch.set_flush_denormal(True)
     intensity = stick_batch(shared_data, name)
@@ -54,12 +57,13 @@ def test_paper_inference(benchmark, row, threads, shared_data, tmp_path, name: s
     tuned = TunedEager(models).eval()
     sine = torch.sin(grid_angle(1, torch.float32)[0] * (math.pi / 180))
     with torch.inference_mode():
-        usual = published_logits(models, intensity)
-        theirs = {TASK_NAMES[t]: x for t, x in tuned(intensity, sine).items()}
-        exact = published_logits({k: m.double() for k, m in models.items()}, intensity.double())
+        some = intensity[::4]
+        usual = published_logits(models, some)
+        theirs = {TASK_NAMES[t]: x[::4] for t, x in tuned(intensity, sine).items()}
+        exact = published_logits({k: m.double() for k, m in models.items()}, some.double())
         for part in models.values():
             part.float()
-        answers = ours(intensity)._asdict()
+        answers = {task: x[::4] for task, x in ours(intensity)._asdict().items()}
         assert same_answers(answers, usual, exact)
         assert same_answers(theirs, usual, exact)
 
@@ -67,10 +71,10 @@ def test_paper_inference(benchmark, row, threads, shared_data, tmp_path, name: s
             for part in intensity.split(size):
                 tuned(part, sine)
 
-        best = min((8, 16, 32, 64), key=lambda size: min(seconds(lambda: tuned_in(size)) for _ in range(3)))
-        p = paired(lambda: ours(intensity), lambda: published_logits(models, intensity))
-        t = paired(lambda: ours(intensity), lambda: tuned_in(best), rounds=9)
-        benchmark.pedantic(lambda: ours(intensity), rounds=5)
+        best = min((8, 16, 32, 64), key=lambda size: min(seconds(lambda: tuned_in(size)) for _ in range(2)))
+        p = paired(lambda: ours(intensity), lambda: published_logits(models, intensity), rounds=3)
+        t = paired(lambda: ours(intensity), lambda: tuned_in(best), rounds=5)
+        benchmark.pedantic(lambda: ours(intensity), rounds=3)
     bar_p, bar_t = BARS[name]
     row(
         f"inference, paper preset, float32, {name} sticks, batch 64, 2 cores",

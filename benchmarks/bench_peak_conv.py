@@ -56,14 +56,14 @@ def test_first_two_blocks(benchmark, row, threads, shared_data, name: str) -> No
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("stage", [0, 2, 3])
-@pytest.mark.parametrize("share", [0.5, 0.7, 0.8, 0.9])
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("share", [0.7, 0.9])
 def test_switch(benchmark, row, threads, monkeypatch, stage: int, share: float, training: bool) -> None:
-    """One block, packed against dense, at a share of rows: where this is 1, `PACKED_SHARE` belongs."""
+    """One block, packed against dense, at row shares around `PACKED_SHARE`: where this is 1, it belongs."""
     threads(2)
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
-    n_patterns, length = 32, 8500 >> stage
+    n_patterns, length = 16, 8500 >> stage
     # Peaks so far apart that each computes 5 positions and 2 halos of its own, up to the share.
     intensity = torch.zeros(n_patterns, length)
     n_segments = int((share * n_patterns - 1) * length / n_patterns / 7)
@@ -82,7 +82,7 @@ def test_switch(benchmark, row, threads, monkeypatch, stage: int, share: float, 
             if training:
                 out.sum().backward()
 
-    pair = paired(lambda: run(inputs[0], packed), lambda: run(inputs[1], dense), rounds=7)
+    pair = paired(lambda: run(inputs[0], packed), lambda: run(inputs[1], dense), rounds=5)
     benchmark.pedantic(lambda: run(inputs[0], packed), rounds=1)
     row(
         f"block {stage + 1}, {'forward + backward' if training else 'forward'}, "
