@@ -337,7 +337,7 @@ if __name__ == "__main__":
 
 @pytest.mark.long
 def test_memory_and_time_of_a_scan_are_flat(tmp_path):
-    """100,000 scans take at most 1.5 GB with the readers, and per scan as much processor time as 1,000, in this process."""
+    """100,000 scans take at most 1.5 GB, readers too, and per scan the processor time that 1,000 take."""
     script = tmp_path / "measured.py"
     script.write_text(MEASURED)
     packed = tmp_path / "many.scans.safetensors"
