@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from xrdfast.bragg import KA1_WAVELENGTH
 from xrdfast.errors import InputError
+from xrdfast.evidence import Evidence
 from xrdfast.prediction import Candidate, Pattern, Prediction
-from xrdfast.report import FORMATS, plot_prediction, save_plot, symbol_text
+from xrdfast.report import AXES, FORMATS, SCALES, plot_prediction, save_plot, symbol_text
 from xrdfast.symmetry import CRYSTAL_SYSTEMS, SYMBOLS
 
 
@@ -26,6 +28,40 @@ def prediction(*, true_number: int = 0, hkl: bool = False, scan: bool = False) -
     return Prediction(
         tuple(candidates), superclasses, kind, 1.54056, "given", (), pattern, true_number=true_number
     )
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("scale", SCALES)
+def test_axes_and_scales(axis, scale):
+    """Everything stays inside, in whatever unit; rows of ticks have their names."""
+    evidence = [Evidence(31.7, 100.0, 2.0), Evidence(27.37, 8.0, -0.1)]
+    for kind in ({"scan": True}, {"hkl": True}):
+        figure = plot_prediction(
+            prediction(**kind),
+            axis=axis,
+            scale=scale,
+            evidence=evidence,
+            ticks=("salt.cif", np.array([31.7])),
+        )
+        figure.canvas.draw()
+        pattern, ticks = figure.axes[0], figure.axes[1]
+        names = [label.get_text() for label in ticks.get_yticklabels()]
+        assert names == ["peaks found"] * ("scan" in kind) + ["rests on", "salt.cif"]
+        (place, _), _ = ticks.collections[-1].get_segments()[0]
+        d = KA1_WAVELENGTH / (2.0 * np.sin(np.radians(31.7 / 2.0)))
+        assert place == pytest.approx({"2theta": 31.7, "d": d, "q": 2.0 * np.pi / d}[axis])
+        assert pattern.get_xlim() == ticks.get_xlim() and pattern.get_yscale() in (
+            "linear",
+            "log",
+            "function",
+        )
+    with pytest.raises(ValueError, match="axis, scale"):
+        plot_prediction(prediction(), axis="time")
+
+
+def test_a_scan_has_its_background():
+    figure = plot_prediction(prediction(scan=True))
+    assert len(figure.axes[0].lines) == 2
 
 
 def texts(figure, panel: int) -> list[str]:

@@ -39,6 +39,7 @@ from xrdfast.models import SymmetryModel, pretrained_path
 from xrdfast.ops.preprocess import preprocess_scans
 from xrdfast.ops.render import sticks_to_grid
 from xrdfast.posterior import Calibration, JointPosterior, joint_posterior
+from xrdfast.suspicion import doubts
 from xrdfast.symmetry import SYMBOLS, class_index, class_names
 
 KINDS = ("auto", "sticks", "scan")
@@ -53,8 +54,7 @@ SUPERCLASSES = (
 )
 _BATCH = 128
 _SHOWN_GROUPS = 3  # of an extinction group
-# A K-alpha 2 satellite: degrees from its computed place, and its share of the K-alpha 1 height (0.5 in
-# theory).
+# A K-alpha 2 satellite: degrees from its computed place, and its share of the K-alpha 1 height (0.5 in theory).
 _SATELLITE_REACH = 0.03
 _SATELLITE_SHARE = (0.3, 0.7)
 _PEAK_FWHM, _PEAK_REACH = 0.1, 1.0  # degrees, of the peaks that lines get for a model of scans
@@ -78,6 +78,8 @@ class Pattern:
     intensity: NDArray[np.float64]  # (n_lines,), the strongest line inside the model's range = 100
     hkl: NDArray[np.int64] | None = None  # (n_lines, 3) in the standard setting, where a structure was given
     scan: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None  # degrees on that axis, intensity
+    on_grid: NDArray[np.float32] | None = None  # (n_points,) of a whole scan, as a model of scans saw it
+    wavelength: float = KA1_WAVELENGTH  # Angstrom, of that axis
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Prediction:
         true_number: space group of the structure by spglib at 0.1 Angstrom, for a round trip; else 0.
         conformal_set: space group numbers, most probable first, that hold the true one in 95 % of patterns like those
             the model was calibrated on; () where it was not.
+        out_of_distribution, several_phases: scores of `xrdfast.suspicion`; None where nothing is known.
     """
 
     candidates: tuple[Candidate, ...]
@@ -107,6 +110,8 @@ class Prediction:
     pattern: Pattern
     true_number: int = 0
     conformal_set: tuple[int, ...] = ()
+    out_of_distribution: float | None = None
+    several_phases: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The answer as plain dicts, lists and numbers for JSON, without the pattern."""
@@ -117,6 +122,8 @@ class Prediction:
             "n_lines": len(self.pattern.two_theta),
             "true_space_group_number": self.true_number or None,
             "conformal_set": list(self.conformal_set),
+            "out_of_distribution": self.out_of_distribution,
+            "several_phases": self.several_phases,
             "candidates": [vars(candidate) for candidate in self.candidates],
             "superclasses": {
                 level: [{"name": name, "probability": share} for name, share in ranked]
@@ -477,7 +484,13 @@ class SymmetryPredictor:
     ) -> Prediction:
         if not 1 <= n_candidates <= len(SYMBOLS):
             raise ValueError(f"predict: n_candidates must be in 1..{len(SYMBOLS)}, got {n_candidates}")
-        posterior = self.posterior(self.prepare_lines([pattern]) if given is None else given)
+        intensity = self.prepare_lines([pattern]) if given is None else given
+        seen = None if given is None else given[0].numpy()
+        pattern = dataclasses.replace(pattern, on_grid=seen, wavelength=self.wavelength)
+        logits = self.logits(intensity)
+        posterior = joint_posterior(logits, self.calibration)
+        whole = torch.tensor([given is not None])
+        unlike, several = doubts(logits, posterior, self.calibration, intensity, whole)
         if self.calibration is None:
             notes = [*notes, "the model is not calibrated: read its probabilities as a ranking"]
         return Prediction(
@@ -490,6 +503,8 @@ class SymmetryPredictor:
             pattern=pattern,
             true_number=true_number,
             conformal_set=_conformal_set(posterior, self.calibration),
+            out_of_distribution=unlike[0],
+            several_phases=several[0],
         )
 
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from tests.screening.scans_written import write_folder
+from tests.screening.scans_written import write_folder, write_npz
 from xrdfast.bragg import KA1_WAVELENGTH, Grid
 from xrdfast.cli import cli
 from xrdfast.models import build_model
 from xrdfast.training.checkpoint import ModelCard, save_model
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +50,46 @@ def test_exit_codes_and_progress(model, tmp_path):
     done = run("screen", tmp_path / "none", "-o", tmp_path / "none.parquet", *options)
     assert done.exit_code == 2 and "0 answered, 1 failed" in done.stdout
     assert "no such file" in (tmp_path / "none.errors.jsonl").read_text().lower()
+
+
+@pytest.mark.parametrize(
+    "variables", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")], ids=["torchrun", "srun"]
+)
+def test_processes_share_the_work(model, tmp_path, variables):
+    """Two at once, as torchrun and srun start them, answer every scan once."""
+    folder, output = write_folder(tmp_path / "scans", 2), tmp_path / "out.parquet"
+    stacks = [write_npz(tmp_path / f"{i}.npz", 2) for i in range(3)]
+    command = [sys.executable, "-m", "xrdfast", "screen", folder, *stacks, "-o", output, "--model", model]
+    environment = {**os.environ, variables[1]: "2", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [*map(str, command), "--readers", "0"],
+            env=environment | {variables[0]: str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    names = pq.read_table(output, columns=["scan_id"])["scan_id"].to_pylist()
+    wanted = [f"{folder}/{i:04d}.xy" for i in range(2)] + [f"{path}#{i}" for path in stacks for i in range(2)]
+    assert sorted(names) == sorted(wanted)
+    assert sum("now" in text or "by this process" in text for pair in said for text in pair) == 2
+
+
+@pytest.mark.long
+def test_torchrun_itself(model, tmp_path):
+    """The real launcher."""
+    folder, output = write_folder(tmp_path / "scans", 3), tmp_path / "out.parquet"
+    stack = write_npz(tmp_path / "some.npz", 3)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    work = ["-m", "xrdfast", "screen", folder, stack, "-o", output, "--model", model, "--readers", "0"]
+    done = subprocess.run([*launcher, *map(str, work)], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(pq.read_table(output)) == 6
 
 
 def test_refusals(model, tmp_path):

@@ -20,15 +20,16 @@ import torch
 from tests.screening.scans_written import write_folder, write_npz, write_tar
 from xrdfast.data import files
 from xrdfast.data.generate import AugmentConfig
-from xrdfast.data.scans import read
+from xrdfast.data.scans import read, scan_of_points
 from xrdfast.errors import InputError
 from xrdfast.models import build_model
 from xrdfast.posterior import Calibration
 from xrdfast.prediction import SUPERCLASSES, SymmetryPredictor
-from xrdfast.screening import pipeline, sources
-from xrdfast.screening.pipeline import Screener, disagreement, rank_of_environment
+from xrdfast.screening import sources
+from xrdfast.screening.packed import pack
+from xrdfast.screening.pipeline import Screener, rank_of_environment
 from xrdfast.screening.results import SCHEMA
-from xrdfast.symmetry import TASKS, class_index, class_names
+from xrdfast.symmetry import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -73,7 +74,11 @@ def test_rows_are_what_predict_says(predictor, tmp_path, small_chunks, profile):
         assert (row["kind"], row["n_points"], row["wavelength_source"]) == ("scan", 1701, "assumed")
         assert (row["two_theta_first"], row["two_theta_last"]) == (5.0, 90.0)
         assert len(row["thumbnail"]) == 200 and max(row["thumbnail"]) == 255
-        assert 0.0 <= row["out_of_distribution"] <= 1.0 and row["several_phases"] is None
+        assert row["out_of_distribution"] == pytest.approx(answer.out_of_distribution, abs=1e-5)
+        assert 0.0 <= row["out_of_distribution"] <= 1.0 and (row["several_phases"] is None) == (
+            profile == "sticks"
+        )
+        assert row["several_phases"] == pytest.approx(answer.several_phases, abs=1e-5)
         everything = predictor.predict_file(row["file"], n_candidates=230).candidates
         total = np.cumsum([c.probability for c in everything])
         assert len(row["credible_set"]) == int((total < 0.95).sum()) + 1
@@ -105,19 +110,6 @@ def test_what_a_model_cannot_say_is_null(tmp_path):
     folder = write_folder(tmp_path / "scans", 1)
     (row,) = Screener(build_model("plain_cnn").eval()).run([folder])
     assert row["confidence"] is None and row["credible_set"] is None and row["out_of_distribution"] is None
-
-
-def test_disagreement_of_heads():
-    groups = torch.full((2, 230), -30.0)
-    groups[:, 224] = 30.0
-    systems = torch.full((2, 7), -30.0)
-    systems[0, int(class_index("crystal_system")[224])] = 30.0
-    systems[1, class_names("crystal_system").index("triclinic")] = 30.0
-    logits = {"space_group": groups, "crystal_system": systems}
-    posterior = pipeline.joint_posterior(logits)
-    agree, differ = disagreement(logits, posterior, None)
-    assert agree == pytest.approx(0.0, abs=1e-5) and differ > 0.2
-    assert disagreement({"space_group": groups}, posterior, None) is None
 
 
 def test_resuming_adds_new_files_alone(predictor, tmp_path, small_chunks):
@@ -321,6 +313,55 @@ def test_watching_ends_with_a_signal():
         assert signal.getsignal(signal.SIGTERM) == before
     with Watch(0.0) as watch:
         assert watch()
+
+
+MEASURED = """
+import resource
+import sys
+import time
+from pathlib import Path
+import torch
+from xrdfast.data.generate import AugmentConfig
+from xrdfast.models import build_model
+from xrdfast.prediction import SymmetryPredictor
+from xrdfast.screening.pipeline import Screener
+
+if __name__ == "__main__":
+    predictor = SymmetryPredictor(build_model("small").eval(), augment=AugmentConfig(profile="lab"))
+    start = time.process_time()
+    done = Screener(predictor, n_readers=2).screen([sys.argv[1]], sys.argv[2])
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print(done[0], time.process_time() - start, used[0].ru_maxrss + 2 * used[1].ru_maxrss)  # two readers
+"""
+
+
+@pytest.mark.long
+def test_memory_and_time_of_a_scan_are_flat(tmp_path):
+    """100,000 scans take at most 1.5 GB, readers too, and per scan the processor time that 1,000 take."""
+    script = tmp_path / "measured.py"
+    script.write_text(MEASURED)
+    packed = tmp_path / "many.scans.safetensors"
+    two_theta = 5.0 + 0.05 * np.arange(1701)
+    scans = [
+        scan_of_points(two_theta, read(path).intensity, path=str(path))
+        for path in sorted(write_folder(tmp_path / "scans", 20).iterdir())
+    ]
+    seconds, memory = {}, {}
+    for n in (1000, 10_000, 100_000):
+        pack(packed, (scans[i % len(scans)] for i in range(n)))
+        done = subprocess.run(
+            [sys.executable, str(script), str(packed), str(tmp_path / f"{n}.parquet")],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"},
+        )
+        answered, used, peak = map(float, done.stdout.split())
+        assert answered == n
+        seconds[n], memory[n] = used / n, peak * 1024
+    print(seconds, memory)
+    assert memory[100_000] < 1.5e9 and memory[100_000] < 1.25 * memory[10_000]
+    assert seconds[100_000] < 1.4 * seconds[10_000] and seconds[10_000] < 1.4 * seconds[1000]
 
 
 def test_refusals(predictor):

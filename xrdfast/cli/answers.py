@@ -16,6 +16,7 @@ from xrdfast.cli.options import file_option, model_option, wavelength_option
 if TYPE_CHECKING:
     from xrdfast.prediction import Prediction
 
+_SHOWN_PEAKS = 5
 _SHOWN_SET = 20  # space groups of a set that is meant to hold the true one
 
 
@@ -31,6 +32,21 @@ _SHOWN_SET = 20  # space groups of a set that is meant to hold the true one
     "--top", default=5, show_default=True, type=click.IntRange(1, 230), help="Space groups to list."
 )
 @file_option("--plot", help="Save a plot (.png, .pdf, .svg).")
+@click.option(
+    "--axis", type=click.Choice(["2theta", "d", "q"]), default="2theta", show_default=True, help="Of --plot."
+)
+@click.option(
+    "--scale",
+    type=click.Choice(["linear", "sqrt", "log"]),
+    default="linear",
+    show_default=True,
+    help="Of the intensity in --plot.",
+)
+@click.option(
+    "--structure",
+    type=click.Path(path_type=Path),
+    help="A structure whose lines --plot draws below the pattern, to compare.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def predict(
     file: Path,
@@ -40,22 +56,37 @@ def predict(
     scan: int | None,
     top: int,
     plot: Path | None,
+    axis: str,
+    scale: str,
+    structure: Path | None,
     as_json: bool,
 ) -> None:
     """Answers for one pattern (an instrument's file, or two columns of text) or one structure (a round trip)."""
-    from xrdfast.prediction import SymmetryPredictor
+    from xrdfast.evidence import find_evidence
+    from xrdfast.prediction import STRUCTURE_SUFFIXES, SymmetryPredictor
 
+    if structure is not None and (plot is None or structure.suffix.lower() not in STRUCTURE_SUFFIXES):
+        raise click.UsageError(f"--structure goes with --plot and ends in {', '.join(STRUCTURE_SUFFIXES)}")
     predictor = SymmetryPredictor.load(model)
     prediction = predictor.predict_file(file, kind=kind, wavelength=wavelength, scan=scan, n_candidates=top)
+    evidence = find_evidence(predictor, prediction)
     if plot is not None:
         from xrdfast.report import save_plot
 
-        save_plot(prediction, plot, title=file.name)
+        ticks = None
+        if structure is not None:
+            ticks = structure.name, predictor.predict_file(structure, n_candidates=1).pattern.two_theta
+        save_plot(prediction, plot, title=file.name, axis=axis, scale=scale, evidence=evidence, ticks=ticks)
     if as_json:
-        click.echo(json.dumps({"file": str(file)} | prediction.to_dict(), indent=2))
+        rests_on = [vars(one) for one in evidence]
+        click.echo(json.dumps({"file": str(file)} | prediction.to_dict() | {"rests_on": rests_on}, indent=2))
         return
     click.echo(f"{file}")
     show_prediction(prediction)
+    telling = [one for one in evidence[:_SHOWN_PEAKS] if one.drop > 0.0]
+    if telling:
+        peaks = ", ".join(f"{one.two_theta:.2f}° ({one.drop:.2f})" for one in telling)
+        click.echo(f"rests most on the peaks at (fall of ln p without it): {peaks}")
     if plot is not None:
         click.echo(f"plot: {plot}")
 
@@ -95,6 +126,13 @@ def show_prediction(prediction: Prediction) -> None:
         numbers = ", ".join(map(str, prediction.conformal_set[:_SHOWN_SET]))
         more = len(prediction.conformal_set) - _SHOWN_SET
         click.echo(f"95 % set of space groups: {numbers}{f' and {more} more' if more > 0 else ''}")
+    doubts = (
+        ("unlike the training's patterns", prediction.out_of_distribution),
+        ("several phases", prediction.several_phases),
+    )
+    said = ", ".join(f"{what} {score:.2f}" for what, score in doubts if score is not None)
+    if said:
+        click.echo(f"suspicions (0 to 1, no probabilities): {said}")
     if prediction.true_number:
         from xrdfast.symmetry import SYMBOLS
 

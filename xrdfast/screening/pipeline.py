@@ -31,7 +31,7 @@ from xrdfast.bragg import Radiation, radiation_of
 from xrdfast.data.scans import Scan
 from xrdfast.errors import InputError
 from xrdfast.models import SymmetryModel
-from xrdfast.posterior import JointPosterior, joint_posterior
+from xrdfast.posterior import joint_posterior
 from xrdfast.prediction import SUPERCLASSES, SymmetryPredictor
 from xrdfast.screening.manifest import Manifest, part_errors
 from xrdfast.screening.preparation import Prepared, prepare_chunk, prepare_scan
@@ -43,6 +43,7 @@ from xrdfast.screening.results import (
     write_table,
 )
 from xrdfast.screening.sources import Chunk, Failure, find_chunks, find_files
+from xrdfast.suspicion import doubts
 from xrdfast.symmetry import class_names
 
 CREDIBLE = 0.95
@@ -209,7 +210,9 @@ class Screener:
             failures += refused
             if ready:
                 logits = self.predictor.logits(intensity)
-                rows += self._rows(ready, logits, (time.perf_counter() - start) / len(ready))
+                answers = self._rows(ready, intensity, logits)
+                seconds = (time.perf_counter() - start) / len(ready)
+                rows += [row | {"seconds": row["seconds"] + seconds} for row in answers]
         return rows, failures
 
     def _on_axis(
@@ -273,7 +276,7 @@ class Screener:
         return found.hexdigest()
 
     def _rows(
-        self, scans: Sequence[tuple[Prepared, list[str]]], logits: dict[str, Tensor], seconds: float
+        self, scans: Sequence[tuple[Prepared, list[str]]], intensity: Tensor, logits: dict[str, Tensor]
     ) -> list[dict[str, Any]]:
         calibration = self.predictor.calibration
         posterior = joint_posterior(logits, calibration)
@@ -287,7 +290,8 @@ class Screener:
             best, at = posterior.marginal(level).max(dim=1)
             names = class_names(level)
             levels[level] = [names[i] for i in at.tolist()], best.tolist()
-        unlike = disagreement(logits, posterior, calibration)
+        is_whole = [self.predictor.reads_scans and scan.kind == "scan" for scan, _ in scans]
+        unlike, several = doubts(logits, posterior, calibration, intensity, torch.tensor(is_whole))
         rows = []
         for i, (scan, notes) in enumerate(scans):
             row: dict[str, Any] = {name: getattr(scan, name) for name in _COPIED}
@@ -296,10 +300,9 @@ class Screener:
             row["credible_set"] = number[i][: in_set[i]] if calibration else None
             for level, (names, best) in levels.items():
                 row[level], row[f"{level}_probability"] = names[i], best[i]
-            row["out_of_distribution"] = None if unlike is None else unlike[i]
-            row["several_phases"] = None
+            row["out_of_distribution"], row["several_phases"] = unlike[i], several[i]
             row["notes"] = [*scan.notes, *notes, *self._range_notes(scan)]
-            row["seconds"] = scan.seconds + seconds
+            row["seconds"] = scan.seconds
             rows.append(row)
         return rows
 
@@ -408,31 +411,6 @@ def rank_of_environment() -> tuple[int, int]:
                 raise InputError(f"{rank}, {count}: environment: must be a rank below a count, got {values}")
             return int(values[0]), int(values[1])
     return 0, 1
-
-
-def disagreement(
-    logits: dict[str, Tensor], posterior: JointPosterior, calibration: Any
-) -> list[float] | None:
-    """How far the model's heads contradict each other, 0..1: a simple sign of a pattern unlike the training's.
-
-    The heads are trained on one answer, so on familiar patterns they agree. Of every head, the Jensen-Shannon
-    divergence in bits between its distribution and that of the joint posterior over the same classes; the mean over
-    heads. Not a probability, and not calibrated: it ranks. None for a model of one head.
-
-    Source:
-        Lin, IEEE Trans. Inf. Theory 37 (1991) 145.
-    """
-    if len(logits) < 2:
-        return None
-    total = torch.zeros(len(posterior.space_group))
-    for task, rows in logits.items():
-        temperature = calibration.temperatures[task] if calibration else 1.0
-        own = (rows / temperature).softmax(dim=1)
-        joint = posterior.marginal(task)
-        mean = 0.5 * (own + joint)
-        for part in (own, joint):
-            total += 0.5 * (torch.xlogy(part, part) - torch.xlogy(part, mean)).sum(dim=1)
-    return (total / (len(logits) * math.log(2.0))).clamp(0.0, 1.0).tolist()
 
 
 def write_part(

@@ -37,8 +37,8 @@ SCHEMA = pa.schema(
         *((name, kind) for level in SUPERCLASSES for name, kind in (
             (level, pa.string()), (f"{level}_probability", pa.float32())
         )),
-        ("out_of_distribution", pa.float32()),  # see `pipeline.disagreement`; null for a model of one head
-        ("several_phases", pa.float32()),  # null: no model here judges it
+        ("out_of_distribution", pa.float32()),  # `xrdfast.suspicion`; null for lines and a model of one head
+        ("several_phases", pa.float32()),  # the same; null for all but whole scans
         ("notes", pa.list_(pa.string())),
         ("seconds", pa.float32()),
         ("thumbnail", pa.binary(200)),

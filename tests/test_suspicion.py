@@ -1,0 +1,92 @@
+"""Scores that speak against an answer: their parts, their limits, and how they rank halos and mixtures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.honesty import auroc, fit, halos, judge, mixtures
+from xrdfast.data.generate import AugmentConfig
+from xrdfast.models import build_model
+from xrdfast.posterior import joint_posterior
+from xrdfast.prediction import SymmetryPredictor
+from xrdfast.suspicion import active_share, crest, disagreement, doubts, halo, several_phases
+from xrdfast.symmetry import class_index, class_names
+
+
+@pytest.fixture(scope="module")
+def predictor() -> SymmetryPredictor:
+    torch.manual_seed(0)
+    return SymmetryPredictor(build_model("small").eval(), augment=AugmentConfig(profile="lab"))
+
+
+def scans(predictor: SymmetryPredictor, n: int, n_peaks: int, seed: int) -> torch.Tensor:
+    """Preprocessed scans of sharp peaks on a background, counted."""
+    rng = np.random.default_rng(seed)
+    two_theta = predictor.grid.two_theta()
+    counts = []
+    for _ in range(n):
+        places, heights = rng.uniform(10.0, 88.0, n_peaks), rng.exponential(800.0, n_peaks) + 100.0
+        clean = 40.0 + 100.0 * np.exp(-two_theta / 20.0)
+        clean += (heights * np.exp(-(((two_theta[:, None] - places) / 0.07) ** 2))).sum(1)
+        counts.append(rng.poisson(clean).astype(np.float64))
+    return predictor.prepare_scans([two_theta] * n, counts, [predictor.wavelength] * n)
+
+
+def test_disagreement_of_heads():
+    groups = torch.full((2, 230), -30.0)
+    groups[:, 224] = 30.0
+    systems = torch.full((2, 7), -30.0)
+    systems[0, int(class_index("crystal_system")[224])] = 30.0
+    systems[1, class_names("crystal_system").index("triclinic")] = 30.0
+    logits = {"space_group": groups, "crystal_system": systems}
+    posterior = joint_posterior(logits)
+    agree, differ = disagreement(logits, posterior, None).tolist()
+    assert agree == pytest.approx(0.0, abs=1e-5) and differ > 0.2
+    assert disagreement({"space_group": groups}, posterior, None) is None
+
+
+def test_what_is_not_known_is_none():
+    intensity = torch.zeros(2, 100)
+    intensity[:, 50] = 100.0
+    whole = torch.tensor([True, False])
+    one_head = {"space_group": torch.zeros(2, 230)}
+    unlike, several = doubts(one_head, joint_posterior(one_head), None, intensity, whole)
+    assert unlike[0] > 0.9 and unlike[1] is None and several[0] is not None and several[1] is None
+    two_heads = one_head | {"crystal_system": torch.zeros(2, 7)}
+    unlike, several = doubts(two_heads, joint_posterior(two_heads), None, intensity, whole)
+    assert unlike[1] == pytest.approx(float(disagreement(two_heads, joint_posterior(two_heads), None)[1]))
+    assert unlike[0] > unlike[1]
+
+
+def test_crest_and_active_share():
+    intensity = torch.zeros(3, 8505)
+    intensity[0, [3, 4, 5]] = torch.tensor([50.0, 100.0, 50.0])
+    intensity[1] = 100.0
+    assert crest(intensity).tolist() == pytest.approx([200.0 / 300.0, 1.0, 0.0])
+    assert active_share(intensity).tolist() == pytest.approx([1 / 850, 1.0, 0.0])
+    assert halo(intensity)[2] == 1.0
+    assert torch.isfinite(
+        several_phases(joint_posterior({"space_group": torch.zeros(3, 230)}), intensity)
+    ).all()
+
+
+def test_halos_and_mixtures_rank_above_single_phases(predictor):
+    """With a model that knows nothing: what the pattern itself says."""
+    single, other = scans(predictor, 64, 20, 1), scans(predictor, 64, 20, 2)
+    amorphous = judge(predictor, halos(predictor, 64, np.random.default_rng(3)))
+    alone = judge(predictor, single)
+    assert auroc(amorphous["out_of_distribution"], alone["out_of_distribution"]) > 0.95
+    mixed = judge(predictor, mixtures(single, other, torch.full((64,), 0.4)))
+    assert auroc(mixed["several_phases"], alone["several_phases"]) > 0.8
+
+
+def test_area_under_the_curve_and_fit():
+    generator = torch.Generator().manual_seed(0)
+    low, high = torch.randn(500, generator=generator), torch.randn(500, generator=generator) + 1.0
+    everything = [(b > a) + 0.5 * (b == a) for b in high.tolist() for a in low.tolist()]
+    assert auroc(high, low) == pytest.approx(sum(everything) / len(everything))
+    assert auroc(low, low) == pytest.approx(0.5)
+    weights = fit(*(torch.stack([torch.ones(500), x], 1) for x in (low, high)))
+    assert weights.tolist() == pytest.approx([-0.5, 1.0], abs=0.25)  # two normals one apart
