@@ -32,3 +32,10 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the shared data folder is not there")
     return folder
+
+
+@pytest.fixture
+def gpu() -> None:
+    """Skips where there is no CUDA device; what asks for it is marked `gpu` too, for benchmarks/gpu_check.py."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")

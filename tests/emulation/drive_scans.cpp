@@ -12,11 +12,11 @@ using namespace xrdfast;
 
 namespace {
 
-// Scans of 0, 2, 900 and 1501 points; the third has peaks at 20 and 30 degrees, the last NaN at one point.
-void check_preprocessing(int64_t smooth_points, bool strips, bool long_scans) {
+// Scans of 0, 2, n and 1.5 n points of 0.02 degrees from 15 on; peaks at 20 and 30 degrees, the last with NaN at a point.
+void check_preprocessing(int64_t n, double background_width, int64_t smooth_points, bool strips, bool long_scans) {
     const int64_t n_scans = 4, n_points = 1001, n_patches = (n_points + kPatchPoints - 1) / kPatchPoints;
     const double begin = 10.0, step = 0.04, wavelength = 1.54056, second_wavelength = 1.54439;
-    const std::vector<int64_t> offset{0, 0, 2, 902, 2403};
+    const std::vector<int64_t> offset{0, 0, 2, 2 + n, 2 + n + n * 3 / 2};
     const int64_t n_total = offset.back();
     std::vector<double> two_theta(n_total), first(n_scans, wavelength), second(n_scans, strips ? second_wavelength : 0.0);
     std::vector<float> intensity(n_total);
@@ -42,15 +42,16 @@ void check_preprocessing(int64_t smooth_points, bool strips, bool long_scans) {
     std::vector<double> axis(n_total);
     const PreprocessScansParams p{offset.data(), two_theta.data(), intensity.data(), first.data(), second.data(),
                                   pattern.data(), measured.data(), active.data(), patch.data(), n_scans, n_points,
-                                  smooth_points, 2.0, 3.0, false, wavelength, begin, step};
+                                  smooth_points, background_width, 3.0, false, wavelength, begin, step};
     const PreprocessScansScratch scratch{signal.data(), spare.data(), axis.data(), noise.data(),
                                          long_scans ? level.data() : nullptr, n_total,
-                                         long_scans ? kSharedScanPoints + 1 : 1501};
+                                         long_scans ? kSharedScanPoints + 1 : n * 3 / 2};
     expect(preprocess_scans_cuda(p, scratch, nullptr) == 0, "preprocess_scans", 1, 0);
     for (int64_t s = 0; s < n_scans; ++s) {
         const float* own = pattern.data() + s * n_points;
         const float strongest = *std::max_element(own, own + n_points);
-        expect(strongest == (s == 2 ? 100.0f : 0.0f), "strongest point of a scan", strongest, s == 2 ? 100.0 : 0.0);
+        const bool shows = s == 2 && n >= 900;
+        expect(strongest == (shows ? 100.0f : 0.0f), "strongest point of a scan", strongest, shows ? 100.0 : 0.0);
         expect(*std::min_element(own, own + n_points) >= 0.0f, "weakest point of a scan", -1.0, 0.0);
         int32_t n_active = 0;
         for (int64_t j = 0; j < n_patches; ++j) {
@@ -64,6 +65,7 @@ void check_preprocessing(int64_t smooth_points, bool strips, bool long_scans) {
         for (int64_t j = n_active; j < n_patches; ++j)
             expect(patch[s * n_patches + j] == -1, "patch of a scan", patch[s * n_patches + j], -1);
     }
+    if (n < 900) return;  // no peak within reach
     const float* own = pattern.data() + 2 * n_points;
     for (const double center : {20.0, 30.0}) {
         const auto at = static_cast<int64_t>(std::lround((center - begin) / step));
@@ -76,9 +78,11 @@ void check_preprocessing(int64_t smooth_points, bool strips, bool long_scans) {
 }  // namespace
 
 void check_scans() {
-    check_preprocessing(1, false, false);
-#if !defined(__SANITIZE_THREAD__)
-    check_preprocessing(5, true, false);
-    check_preprocessing(1, false, true);
+#if defined(__SANITIZE_THREAD__)  // every turn of the background is some barriers for 512 threads
+    check_preprocessing(60, 0.06, 1, false, false);
+#else
+    check_preprocessing(900, 2.0, 1, false, false);
+    check_preprocessing(900, 2.0, 5, true, false);
+    check_preprocessing(900, 2.0, 1, false, true);
 #endif
 }

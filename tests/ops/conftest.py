@@ -6,7 +6,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 from xrdfast import _native
 
@@ -24,13 +23,6 @@ def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     """Threads run forward, backward, or shuffled between barriers."""
     monkeypatch.setenv("CUEMU_ORDER", request.param)
     return request.param
-
-
-@pytest.fixture
-def gpu() -> None:
-    """Skips where there is no CUDA device; what asks for it is marked `gpu` too, for benchmarks/gpu_check.py."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
 
 
 @pytest.fixture(params=["cpu", "emu", pytest.param("cuda", marks=pytest.mark.gpu)])
