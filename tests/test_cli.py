@@ -119,6 +119,8 @@ def test_help_is_quick_and_imports_nothing_heavy():
         "train",
         "evaluate",
         "predict",
+        "match",
+        "library",
         "import-checkpoint",
         "demo",
     ):

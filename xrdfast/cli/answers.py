@@ -1,4 +1,4 @@
-"""Verbs that answer for measured patterns: predict, screen, pack."""
+"""Verbs that answer for measured patterns: predict, match, screen, pack."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from xrdfast.cli.group import cli
 from xrdfast.cli.options import DEMO_FOLDER, file_option, wavelength_option
 
 if TYPE_CHECKING:
-    from xrdfast.prediction import Prediction
+    from xrdfast.prediction import Prediction, SymmetryPredictor
 
+_SHOWN_NEAREST = 5  # known structures
 _SHOWN_SET = 20  # space groups of a set that is meant to hold the true one
 
 
@@ -31,6 +32,11 @@ _SHOWN_SET = 20  # space groups of a set that is meant to hold the true one
 @click.option("--kind", type=click.Choice(["auto", "sticks", "scan"]), default="auto", show_default=True)
 @wavelength_option
 @click.option(
+    "--library",
+    type=click.Path(path_type=Path),
+    help="Known structures (`xrdfast library`): names the nearest, and joins what they say with the model's answer.",
+)
+@click.option(
     "--scan", type=click.IntRange(0), help="Which one, in a file of several; without it they are listed."
 )
 @click.option(
@@ -43,6 +49,7 @@ def predict(
     model: Path,
     kind: str,
     wavelength: float | None,
+    library: Path | None,
     scan: int | None,
     top: int,
     plot: Path | None,
@@ -50,25 +57,109 @@ def predict(
 ) -> None:
     """Answers for one pattern (an instrument's file, or two columns of text) or one structure (a round trip)."""
     from xrdfast.errors import InputError
-    from xrdfast.prediction import SymmetryPredictor
+    from xrdfast.prediction import STRUCTURE_SUFFIXES, SymmetryPredictor
+
+    if library is not None and file.suffix.lower() in STRUCTURE_SUFFIXES:
+        raise InputError(f"{file}: --library: must come with a measured pattern, got a structure")
 
     if not model.exists():
         raise InputError(
             f"{model}: model: must be a run folder or model file (`xrdfast demo` trains one), got none"
         )
     predictor = SymmetryPredictor.load(model)
-    prediction = predictor.predict_file(file, kind=kind, wavelength=wavelength, scan=scan, n_candidates=top)
+    asked = {"kind": kind, "wavelength": wavelength, "scan": scan}
+    nearest: list[dict[str, Any]] = []
+    if library is None:
+        prediction = predictor.predict_file(file, **asked, n_candidates=top)
+    else:
+        prediction, nearest = _second_opinion(predictor, file, library, asked, top)
     if plot is not None:
         from xrdfast.report import save_plot
 
         save_plot(prediction, plot, title=file.name)
     if as_json:
-        click.echo(json.dumps({"file": str(file)} | prediction.to_dict(), indent=2))
+        more = {} if library is None else {"nearest": nearest}
+        click.echo(json.dumps({"file": str(file)} | prediction.to_dict() | more, indent=2))
         return
     click.echo(f"{file}")
     show_prediction(prediction)
+    if library is not None:
+        _show_nearest(nearest)
     if plot is not None:
         click.echo(f"plot: {plot}")
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("library", type=click.Path(path_type=Path))
+@click.option("--kind", type=click.Choice(["auto", "sticks", "scan"]), default="auto", show_default=True)
+@wavelength_option
+@click.option("--scan", type=click.IntRange(0), help="Which one, in a file of several.")
+@click.option("--top", default=5, show_default=True, type=click.IntRange(1, 100), help="Structures to list.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def match(
+    file: Path,
+    library: Path,
+    kind: str,
+    wavelength: float | None,
+    scan: int | None,
+    top: int,
+    as_json: bool,
+) -> None:
+    """Names the known structures of LIBRARY nearest to a measured pattern, and their space groups. Needs no model."""
+    from xrdfast.retrieval import KnownStructures
+    from xrdfast.symmetry import SYMBOLS
+
+    known = KnownStructures.load(library)
+    matches = known.match_file(file, kind=kind, wavelength=wavelength, scan=scan, n_best=top)
+    nearest = known.describe(matches)[0]
+    share, index = matches.space_group[0].sort(descending=True, stable=True)
+    groups = [
+        {"space_group_number": i + 1, "symbol": SYMBOLS[i], "probability": p}
+        for i, p in zip(index[:_SHOWN_NEAREST].tolist(), share[:_SHOWN_NEAREST].tolist(), strict=True)
+    ]
+    if as_json:
+        click.echo(json.dumps({"file": str(file), "nearest": nearest, "candidates": groups}, indent=2))
+        return
+    click.echo(f"{file}")
+    _show_nearest(nearest)
+    spoken = ",  ".join(f"{group['symbol']} {_percent(group['probability'])}" for group in groups)
+    click.echo(f"space groups, by {len(known)} known structures: {spoken}")
+
+
+def _second_opinion(
+    predictor: SymmetryPredictor, file: Path, library: Path, asked: dict[str, Any], top: int
+) -> tuple[Prediction, list[dict[str, Any]]]:
+    """The model's answer joined with that of known structures, and the nearest of these."""
+    from xrdfast.posterior import JointPosterior, pool_posteriors
+    from xrdfast.retrieval import POOL_EXPONENTS, KnownStructures
+    from xrdfast.symmetry import N_SPACE_GROUPS
+
+    known = KnownStructures.load(library)
+    prediction = predictor.predict_file(file, **asked, n_candidates=N_SPACE_GROUPS)
+    matches = known.match_file(file, **asked, n_best=_SHOWN_NEAREST)
+    pooled = pool_posteriors([prediction.space_groups(), matches.space_group], POOL_EXPONENTS)
+    note = f"joined with the answer of {len(known)} known structures"
+    return prediction.with_posterior(JointPosterior(pooled.space_group), top, note), known.describe(matches)[
+        0
+    ]
+
+
+def _show_nearest(nearest: list[dict[str, Any]]) -> None:
+    from xrdfast.symmetry import SYMBOLS
+    from xrdfast.terminal import print_table
+
+    rows = [
+        (
+            match["name"] or match["formula"],
+            match["id"],
+            SYMBOLS[match["space_group_number"] - 1] if match["space_group_number"] else "?",
+            f"{match['score']:.3f}",
+            f"{100.0 * match['strain']:+.2f} %",
+        )
+        for match in nearest
+    ]
+    print_table(("nearest known", "id", "space group", "likeness", "cell"), rows, right=(3, 4))
 
 
 def show_prediction(prediction: Prediction) -> None:
