@@ -13,6 +13,7 @@
 #include "peak_plan.h"
 #include "render.h"
 #include "render_patterns.h"
+#include "retrieval.h"
 #include "simulate.h"
 #include "winograd.h"
 
@@ -300,6 +301,20 @@ PYBIND11_MODULE(_cpu, m) {
                                  at<int16_t>(active_patch), hkl_stride, multiplicity_stride, n_patterns, n_points, seed,
                                  clip_sigma, wavelength, two_theta_min, two_theta_step},
                                 n_threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "match_structures",
+        [](uintptr_t amplitude, uintptr_t measured, uintptr_t weight, uintptr_t candidate, uintptr_t line_offset,
+           uintptr_t hkl, uintptr_t line_amplitude, uintptr_t metric, uintptr_t metric_change, uintptr_t score,
+           uintptr_t fit, int64_t n_scans, int64_t n_points, int64_t n_candidates, double log_q_min, double log_q_step,
+           double wavelength, int n_threads) {
+            match_structures_cpu({at<const float>(amplitude), at<const int32_t>(measured), at<const float>(weight),
+                                  at<const int64_t>(candidate), at<const int64_t>(line_offset), at<const int16_t>(hkl),
+                                  at<const float>(line_amplitude), at<const double>(metric),
+                                  at<const double>(metric_change), at<float>(score), at<float>(fit), n_scans, n_points,
+                                  n_candidates, log_q_min, log_q_step, wavelength},
+                                 n_threads);
         },
         py::call_guard<py::gil_scoped_release>());
 }

@@ -112,6 +112,8 @@ def test_help_names_every_verb_and_imports_nothing_heavy():
         "train",
         "evaluate",
         "predict",
+        "match",
+        "library",
         "import-checkpoint",
         "demo",
     ):

@@ -47,6 +47,7 @@ ARROWS = {
         "distillation",
         "errors",
     },
+    "retrieval": {"data", "ops", "symmetry", "bragg", "errors"},
     "lines": {"data", "ops", "symmetry", "bragg", "errors"},
     "prediction": {
         "models",

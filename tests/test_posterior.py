@@ -18,7 +18,9 @@ from xrdfast.posterior import (
     JointPosterior,
     conformal_threshold,
     fit_calibration,
+    fit_pool,
     joint_posterior,
+    pool_posteriors,
 )
 from xrdfast.symmetry import N_CLASSES, TASKS, class_index, class_names, members
 
@@ -384,3 +386,48 @@ def test_nothing_can_be_fitted_on_nothing_or_nan() -> None:
 def test_unknown_levels_are_refused() -> None:
     with pytest.raises(ValueError, match="level must be one of"):
         JointPosterior(torch.zeros(1, 230)).marginal("colour")
+
+
+def test_pooled_answers_are_products_of_powers() -> None:
+    one, other = (torch.rand(3, 230, dtype=torch.float64).softmax(1) for _ in range(2))
+    pooled = pool_posteriors([one, other], [0.5, 2.0]).space_group
+    by_hand = (0.99 * one + 0.01 / 230) ** 0.5 * (0.99 * other + 0.01 / 230) ** 2.0
+    torch.testing.assert_close(pooled, by_hand / by_hand.sum(1, keepdim=True))
+    alone = pool_posteriors([one], [1.0]).space_group
+    torch.testing.assert_close(alone, 0.99 * one + 0.01 / 230)
+
+
+def test_a_fitted_pool_trusts_the_answer_that_is_right() -> None:
+    """And is better than either answer, on patterns where each knows half."""
+    generator = torch.Generator().manual_seed(0)
+    number = torch.randint(1, 231, (400,), generator=generator)
+    noise = torch.rand(2, 400, 230, generator=generator, dtype=torch.float64)
+    right = torch.nn.functional.one_hot(number - 1, 230).double()
+    good = (3.0 * noise[0] + 3.0 * right).softmax(1)
+    blind = (noise[1] * 6.0).softmax(1)
+    exponents = fit_pool([good, blind], number)
+    assert exponents[0] > 0.7
+    assert exponents[1] < 0.1
+
+    def cost(rows: Tensor) -> float:
+        return float(nll_loss(rows.log(), number - 1))
+
+    half = torch.arange(400)[:, None] < 200
+    first, second = torch.where(half, good, blind), torch.where(half, blind, good)
+    both = pool_posteriors([first, second], fit_pool([first, second], number)).space_group
+    assert cost(both) < min(cost(first), cost(second))
+
+
+@pytest.mark.parametrize(
+    ("answers", "exponents", "message"),
+    [
+        ([], [], "posteriors must be at least one"),
+        ([torch.ones(2, 7)], [1.0], "posteriors must be at least one"),
+        ([torch.ones(2, 230), torch.ones(3, 230)], [1.0, 1.0], "posteriors must be at least one"),
+        ([torch.ones(2, 230)], [1.0, 1.0], "exponents must be 1 numbers"),
+        ([torch.ones(2, 230)], [-1.0], "exponents must be 1 numbers"),
+    ],
+)
+def test_pools_of_other_shapes_are_refused(answers: list, exponents: list, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^pool_posteriors: {message}"):
+        pool_posteriors(answers, exponents)

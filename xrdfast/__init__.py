@@ -24,6 +24,8 @@ _PUBLIC = {
     "build_model": "xrdfast.models.presets",
     "Trainer": "xrdfast.training.trainer",
     "joint_posterior": "xrdfast.posterior",
+    "pool_posteriors": "xrdfast.posterior",
+    "KnownStructures": "xrdfast.retrieval",
     "SymmetryPredictor": "xrdfast.prediction",
     "Screener": "xrdfast.screening.pipeline",
     "read": "xrdfast.data.scans",

@@ -8,7 +8,7 @@ all levels are sums over one distribution and never contradict each other. Not f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from xrdfast.symmetry import N_CLASSES, N_SPACE_GROUPS, TASKS, class_index
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 MAX_EXPONENT = 20.0
 COVERAGE = 0.95  # of the sets of space groups
+_SPREAD = 0.01  # of an answer that is pooled with others, evenly over the groups
 _FIT_ROWS = 256  # patterns that the fit takes at once: 4 x 256 x 230 doubles are 1.9 MB, within a cache
 
 
@@ -248,6 +249,69 @@ def conformal_threshold(probability: Tensor, space_group_number: Tensor, coverag
         (len(number) + 1) * (1.0 - coverage) + 1e-9
     )  # 100 * (1 - 0.95) is 5 and a rounding error less
     return float(own.sort().values[k - 1].clamp(0.0, 1.0)) if k else 0.0
+
+
+def pool_posteriors(posteriors: Sequence[Tensor], exponents: Sequence[float]) -> JointPosterior:
+    """Log-linear pool of several answers: log p(g) = sum_k exponent_k log(0.99 p_k(g) + 0.01 / 230) + constant.
+
+    The hundredth that is spread evenly keeps an answer from ruling a group out by itself.
+
+    Args:
+        posteriors: each (n_patterns, 230), rows that sum to 1.
+        exponents: of each, >= 0 (`fit_pool`).
+
+    Returns:
+        The pooled posterior.
+
+    Raises:
+        ValueError: for no answer, other shapes, another number of exponents or one that is negative.
+
+    Source:
+        Genest & Zidek, Stat. Sci. 1, 114 (1986), section 3.
+
+    Example:
+        >>> one, other = torch.full((1, 230), 0.001), torch.full((1, 230), 1 / 230)
+        >>> one[0, 61] = 0.771
+        >>> round(float(pool_posteriors([one, other], [1.0, 1.0]).space_group[0, 61]), 2)
+        0.76
+    """
+    scores = _pooled_scores("pool_posteriors", posteriors)
+    weights = torch.tensor(list(exponents), dtype=scores.dtype)
+    if len(weights) != len(scores) or not bool((weights >= 0.0).all()):
+        got = list(exponents)
+        raise ValueError(f"pool_posteriors: exponents must be {len(scores)} numbers >= 0, got {got}")
+    return JointPosterior(torch.einsum("k,kng->ng", weights, scores).softmax(dim=1))
+
+
+def fit_pool(posteriors: Sequence[Tensor], space_group_number: Tensor) -> tuple[float, ...]:
+    """Exponents of `pool_posteriors` that minimise the negative log-likelihood of held-out patterns.
+
+    Convex; a prior worth one pattern pulls every exponent towards 1, as in `fit_calibration`.
+
+    Args:
+        posteriors: each (n_patterns, 230), of patterns that nothing in them was fitted on.
+        space_group_number: (n_patterns,) integers, 1..230.
+
+    Returns:
+        One exponent an answer, 0..20.
+
+    Raises:
+        ValueError: for other shapes, no pattern, or numbers outside 1..230.
+    """
+    scores = _pooled_scores("fit_pool", posteriors)
+    number = checked_numbers("fit_pool", space_group_number, scores.shape[1])
+    return tuple(_fit_log_linear(scores, number - 1, 0.0, MAX_EXPONENT).tolist())
+
+
+def _pooled_scores(op: str, posteriors: Sequence[Tensor]) -> Tensor:
+    """(n_answers, n_patterns, 230) float64 on the CPU: what the exponents multiply."""
+    shapes = [tuple(rows.shape) for rows in posteriors]
+    if not shapes or len(set(shapes)) > 1 or len(shapes[0]) != 2 or shapes[0][1] != N_SPACE_GROUPS:
+        raise ValueError(
+            f"{op}: posteriors must be at least one, each (n_patterns, {N_SPACE_GROUPS}), got {shapes}"
+        )
+    floor = _SPREAD / N_SPACE_GROUPS
+    return torch.stack([torch.log((1.0 - _SPREAD) * rows.cpu().double() + floor) for rows in posteriors])
 
 
 def checked_logits(

@@ -132,6 +132,21 @@ class Prediction:
             "notes": list(self.notes),
         }
 
+    def space_groups(self) -> Tensor:
+        """(1, 230) probabilities, of an answer that lists all space groups."""
+        shares = {candidate.space_group_number: candidate.probability for candidate in self.candidates}
+        return torch.tensor([[shares[i + 1] for i in range(len(SYMBOLS))]], dtype=torch.float64)
+
+    def with_posterior(self, posterior: JointPosterior, n_candidates: int, note: str) -> Prediction:
+        """The same pattern, answered by another posterior; the set of the calibration does not hold for it."""
+        return dataclasses.replace(
+            self,
+            candidates=_ranked_candidates(posterior, n_candidates),
+            superclasses={level: _ranked_classes(posterior, level) for level in SUPERCLASSES},
+            notes=(*self.notes, note),
+            conformal_set=(),
+        )
+
 
 class SymmetryPredictor:
     """A trained model with all that its answers need.

@@ -1,4 +1,4 @@
-"""Verbs that answer for measured patterns: predict, screen, report, pack."""
+"""Verbs that answer for measured patterns: predict, match, screen, report, pack."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from xrdfast.cli.group import cli
 from xrdfast.cli.options import file_option, model_option, wavelength_option
 
 if TYPE_CHECKING:
-    from xrdfast.prediction import Prediction
+    from xrdfast.prediction import Prediction, SymmetryPredictor
 
 _SHOWN_PEAKS = 5
+_SHOWN_NEAREST = 5  # known structures
 _SHOWN_SET = 20  # space groups of a set that is meant to hold the true one
 
 
@@ -25,6 +26,11 @@ _SHOWN_SET = 20  # space groups of a set that is meant to hold the true one
 @model_option
 @click.option("--kind", type=click.Choice(["auto", "sticks", "scan"]), default="auto", show_default=True)
 @wavelength_option
+@click.option(
+    "--library",
+    type=click.Path(path_type=Path),
+    help="Known structures (`xrdfast library`): names the nearest, and joins what they say with the model's answer.",
+)
 @click.option(
     "--scan", type=click.IntRange(0), help="Which one, in a file of several; without it they are listed."
 )
@@ -53,6 +59,7 @@ def predict(
     model: Path | None,
     kind: str,
     wavelength: float | None,
+    library: Path | None,
     scan: int | None,
     top: int,
     plot: Path | None,
@@ -62,13 +69,22 @@ def predict(
     as_json: bool,
 ) -> None:
     """Answers for one pattern (an instrument's file, or two columns of text) or one structure (a round trip)."""
+    from xrdfast.errors import InputError
     from xrdfast.evidence import find_evidence
     from xrdfast.prediction import STRUCTURE_SUFFIXES, SymmetryPredictor
+
+    if library is not None and file.suffix.lower() in STRUCTURE_SUFFIXES:
+        raise InputError(f"{file}: --library: must come with a measured pattern, got a structure")
 
     if structure is not None and (plot is None or structure.suffix.lower() not in STRUCTURE_SUFFIXES):
         raise click.UsageError(f"--structure goes with --plot and ends in {', '.join(STRUCTURE_SUFFIXES)}")
     predictor = SymmetryPredictor.load(model)
-    prediction = predictor.predict_file(file, kind=kind, wavelength=wavelength, scan=scan, n_candidates=top)
+    asked = {"kind": kind, "wavelength": wavelength, "scan": scan}
+    nearest: list[dict[str, Any]] = []
+    if library is None:
+        prediction = predictor.predict_file(file, **asked, n_candidates=top)
+    else:
+        prediction, nearest = _second_opinion(predictor, file, library, asked, top)
     evidence = find_evidence(predictor, prediction)
     if plot is not None:
         from xrdfast.report import save_plot
@@ -78,8 +94,9 @@ def predict(
             ticks = structure.name, predictor.predict_file(structure, n_candidates=1).pattern.two_theta
         save_plot(prediction, plot, title=file.name, axis=axis, scale=scale, evidence=evidence, ticks=ticks)
     if as_json:
-        rests_on = [vars(one) for one in evidence]
-        click.echo(json.dumps({"file": str(file)} | prediction.to_dict() | {"rests_on": rests_on}, indent=2))
+        more = {"rests_on": [vars(one) for one in evidence]}
+        more |= {} if library is None else {"nearest": nearest}
+        click.echo(json.dumps({"file": str(file)} | prediction.to_dict() | more, indent=2))
         return
     click.echo(f"{file}")
     show_prediction(prediction)
@@ -87,8 +104,83 @@ def predict(
     if telling:
         peaks = ", ".join(f"{one.two_theta:.2f}° ({one.drop:.2f})" for one in telling)
         click.echo(f"rests most on the peaks at (fall of ln p without it): {peaks}")
+    if library is not None:
+        _show_nearest(nearest)
     if plot is not None:
         click.echo(f"plot: {plot}")
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("library", type=click.Path(path_type=Path))
+@click.option("--kind", type=click.Choice(["auto", "sticks", "scan"]), default="auto", show_default=True)
+@wavelength_option
+@click.option("--scan", type=click.IntRange(0), help="Which one, in a file of several.")
+@click.option("--top", default=5, show_default=True, type=click.IntRange(1, 100), help="Structures to list.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def match(
+    file: Path,
+    library: Path,
+    kind: str,
+    wavelength: float | None,
+    scan: int | None,
+    top: int,
+    as_json: bool,
+) -> None:
+    """Names the known structures of LIBRARY nearest to a measured pattern, and their space groups. Needs no model."""
+    from xrdfast.retrieval import KnownStructures
+    from xrdfast.symmetry import SYMBOLS
+
+    known = KnownStructures.load(library)
+    matches = known.match_file(file, kind=kind, wavelength=wavelength, scan=scan, n_best=top)
+    nearest = known.describe(matches)[0]
+    share, index = matches.space_group[0].sort(descending=True, stable=True)
+    groups = [
+        {"space_group_number": i + 1, "symbol": SYMBOLS[i], "probability": p}
+        for i, p in zip(index[:_SHOWN_NEAREST].tolist(), share[:_SHOWN_NEAREST].tolist(), strict=True)
+    ]
+    if as_json:
+        click.echo(json.dumps({"file": str(file), "nearest": nearest, "candidates": groups}, indent=2))
+        return
+    click.echo(f"{file}")
+    _show_nearest(nearest)
+    spoken = ",  ".join(f"{group['symbol']} {_percent(group['probability'])}" for group in groups)
+    click.echo(f"space groups, by {len(known)} known structures: {spoken}")
+
+
+def _second_opinion(
+    predictor: SymmetryPredictor, file: Path, library: Path, asked: dict[str, Any], top: int
+) -> tuple[Prediction, list[dict[str, Any]]]:
+    """The model's answer joined with that of known structures, and the nearest of these."""
+    from xrdfast.posterior import JointPosterior, pool_posteriors
+    from xrdfast.retrieval import POOL_EXPONENTS, KnownStructures
+    from xrdfast.symmetry import N_SPACE_GROUPS
+
+    known = KnownStructures.load(library)
+    prediction = predictor.predict_file(file, **asked, n_candidates=N_SPACE_GROUPS)
+    matches = known.match_file(file, **asked, n_best=_SHOWN_NEAREST)
+    pooled = pool_posteriors([prediction.space_groups(), matches.space_group], POOL_EXPONENTS)
+    note = f"joined with the answer of {len(known)} known structures"
+    return prediction.with_posterior(JointPosterior(pooled.space_group), top, note), known.describe(matches)[
+        0
+    ]
+
+
+def _show_nearest(nearest: list[dict[str, Any]]) -> None:
+    from xrdfast.symmetry import SYMBOLS
+    from xrdfast.terminal import print_table
+
+    rows = [
+        (
+            match["name"] or match["formula"],
+            match["id"],
+            SYMBOLS[match["space_group_number"] - 1] if match["space_group_number"] else "?",
+            f"{match['score']:.3f}",
+            f"{100.0 * match['strain']:+.2f} %",
+        )
+        for match in nearest
+    ]
+    print_table(("nearest known", "id", "space group", "likeness", "cell"), rows, right=(3, 4))
 
 
 def show_prediction(prediction: Prediction) -> None:

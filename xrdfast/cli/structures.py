@@ -1,4 +1,4 @@
-"""Verbs that make structures and simulate their patterns: simulate, generate."""
+"""Verbs that make structures, simulate their patterns and keep them: simulate, generate, library."""
 
 from __future__ import annotations
 
@@ -147,6 +147,49 @@ def generate(
     click.echo(f"{output}: {len(crystals)} crystals of {len(groups)} space groups")
     if short:
         click.echo(f"fewer than {count} of groups {', '.join(map(str, short))}: most tries had more symmetry")
+
+
+@cli.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@file_option("-o", "--output", required=True, help="Library (.safetensors).")
+@click.option("--workers", type=click.IntRange(1), help="Processes that find symmetry; default one a core.")
+def library(paths: tuple[Path, ...], output: Path, workers: int | None) -> None:
+    """Makes a library of known structures, which `predict --library` compares scans with.
+
+    PATHS are structures (.cif, folders of them, packed .npz or .safetensors) or stores of `simulate`.
+    """
+    import tempfile
+
+    from xrdfast.data.generate import generate_store
+    from xrdfast.data.store import PatternStore
+    from xrdfast.data.structures import analyse_symmetry, load_structures
+    from xrdfast.errors import InputError
+    from xrdfast.retrieval import KnownStructures
+    from xrdfast.terminal import progress_bar
+
+    if output.suffix != ".safetensors":
+        raise InputError(f"{output}: output: must end in .safetensors, got {output.suffix or 'no suffix'}")
+    if output.resolve() in [path.resolve() for path in paths]:
+        raise InputError(f"{output}: output: must not be an input, got the same file")
+    stores = [path for path in paths if path.name.endswith(STORE_SUFFIX)]
+    if stores and len(stores) < len(paths):
+        raise InputError(f"{stores[0]}: paths: must be all stores or all structures, got both")
+    n_rejected = 0
+    with tempfile.TemporaryDirectory() as folder:
+        if not stores:
+            with progress_bar("reading", "files") as progress:
+                structures, rejected = load_structures(list(paths), progress=progress)
+            if not _is_analysed(structures):
+                with progress_bar("symmetry", "structures") as progress:
+                    structures = analyse_symmetry(structures, n_workers=workers, progress=progress)
+            stores = [Path(folder) / f"known{STORE_SUFFIX}"]
+            with progress_bar("simulating", "structures") as progress:
+                rejected += generate_store(structures, stores[0], progress=progress)
+            n_rejected = len(rejected)
+        with progress_bar("lines", "structures") as progress:
+            known = KnownStructures.build(PatternStore.open(stores), progress)
+    known.save(output)
+    click.echo(f"{output}: {len(known)} structures, {n_rejected} rejected")
 
 
 def _store_path(path: Path) -> Path:

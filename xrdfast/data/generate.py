@@ -233,6 +233,52 @@ def strained_reciprocal_metric(
     return torch.from_numpy(reciprocal[:, rows, columns])
 
 
+def free_metric_changes(
+    lattice: Tensor,  # (n, 3, 3)
+    rotation_offset: Tensor,  # (n + 1,)
+    rotations: Tensor,  # (n_rotations, 3, 3)
+) -> Tensor:
+    """Changes of the reciprocal metric with each of the orthonormal strains that keep the symmetry.
+
+    Symmetric tensors are vectors of six (off-diagonal elements times sqrt(2), so that lengths agree). A rotation
+    acts on them as a matrix; its mean over the group projects on the strains that all rotations keep, the
+    eigenvectors of eigenvalue 1: the isotropic one, and up to five without a change of volume. With each, E, the
+    metric G = B^T B, B = A^-1, changes by -2 B^T E B.
+
+    Args:
+        lattice, rotation_offset, rotations: as in `strained_reciprocal_metric`.
+
+    Returns:
+        (n, 6, 6) float64, a row a strain in the order of elements of `strained_reciprocal_metric`: first the isotropic
+        one, 1 / sqrt(3) along every axis, then the others, then zeros. 1 / Angstrom^2.
+    """
+    cell, turns, offset = lattice.numpy(), rotations.numpy().astype(np.float64), rotation_offset.numpy()
+    n, half = len(cell), math.sqrt(0.5)
+    tensors = np.zeros((6, 3, 3))
+    for k, (i, j) in enumerate(((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))):
+        tensors[k, i, j] = tensors[k, j, i] = 1.0 if i == j else half
+    counts = np.diff(offset)
+    owner = np.repeat(np.arange(n), counts)
+    inverse = np.linalg.inv(cell)
+    cartesian = cell[owner].swapaxes(1, 2) @ turns @ inverse[owner].swapaxes(1, 2)
+    turned = cartesian[:, None] @ tensors @ cartesian[:, None].swapaxes(2, 3)
+    acting = tensors.reshape(6, 9) @ turned.reshape(-1, 6, 9).swapaxes(1, 2)
+    projector = np.tile(np.eye(6), (n, 1, 1))
+    some = counts > 0
+    projector[some] = np.add.reduceat(acting, offset[:-1][some], axis=0) / counts[some, None, None]
+    isotropic = np.array([1.0, 1.0, 1.0, 0.0, 0.0, 0.0]) / math.sqrt(3.0)
+    rest = 0.5 * (projector + projector.swapaxes(1, 2)) - np.outer(isotropic, isotropic)
+    share, vector = np.linalg.eigh(rest)
+    strains = np.zeros((n, 6, 6))
+    strains[:, 0] = isotropic
+    for k in range(1, 6):
+        strains[:, k] = np.where(share[:, -k, None] > 0.5, vector[:, :, -k], 0.0)
+    strained = (strains.reshape(-1, 6) @ tensors.reshape(6, 9)).reshape(n, 6, 3, 3)
+    change = -2.0 * (inverse.swapaxes(1, 2)[:, None] @ strained @ inverse[:, None])
+    rows, columns = [0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]
+    return torch.from_numpy(np.ascontiguousarray(change[:, :, rows, columns]))
+
+
 def _group_mean(metric: np.ndarray, offset: np.ndarray, rotations: np.ndarray) -> np.ndarray:
     """Mean of W^T G W over each pattern's rotations, (n_patterns, 3, 3)."""
     counts = np.diff(offset)

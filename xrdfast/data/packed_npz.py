@@ -27,7 +27,9 @@ _REQUIRED = {
     "id": ((), "SU"),
 }
 # Arrays that may be there.
-_OPTIONAL = dict.fromkeys(("fold", "sg_published", "sg_001", "sg_01"), ((), "iu")) | {"formula": ((), "SU")}
+_OPTIONAL = dict.fromkeys(("fold", "sg_published", "sg_001", "sg_01"), ((), "iu"))
+_OPTIONAL |= dict.fromkeys(("formula", "name"), ((), "SU"))
+_NO_NAME = "<missing>"
 # Values that fit the packed types.
 _RANGES = {"z": (0, 255), "fold": (-1, 9), "sg_published": (0, 230), "sg_001": (0, 230), "sg_01": (0, 230)}
 
@@ -36,8 +38,8 @@ def read_npz(path: Path) -> PackedStructures:
     """Reads an archive of structures whose every atom is listed.
 
     N structures of M atoms: `offset` (N + 1,), `lattice` (N, 3, 3) rows in Angstrom, `z` (M,) atomic numbers,
-    `frac` (M, 3), `occ_pct` (M,) per cent, `id` (N,) text; perhaps `formula`, `fold`, and the space groups
-    `sg_published`, `sg_001`, `sg_01` at tolerances of 0.01 and 0.1 Angstrom.
+    `frac` (M, 3), `occ_pct` (M,) per cent, `id` (N,) text; perhaps `formula`, `fold`, `name` (the mineral's:
+    the family), and the space groups `sg_published`, `sg_001`, `sg_01` at tolerances of 0.01 and 0.1 Angstrom.
 
     Raises:
         InputError: for a file that cannot be read, or an array that is missing or not right.
@@ -75,7 +77,7 @@ def read_npz(path: Path) -> PackedStructures:
         b_iso=torch.zeros(len(number), dtype=torch.float64),
         ids=strings("id"),
         formula=strings("formula"),
-        family=[""] * n,
+        family=["" if name == _NO_NAME else name for name in strings("name")],
         fold=per_structure("fold", -1, torch.int8),
         space_group_published=per_structure("sg_published", 0, torch.int16),
         space_group_001=per_structure("sg_001", 0, torch.int16),

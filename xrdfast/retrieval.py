@@ -1,0 +1,583 @@
+"""Measured patterns against known structures: the nearest ones, and what they say about the space group.
+
+    known = KnownStructures.build(PatternStore.open("minerals.store.safetensors"))
+    matches = known.match([two_theta], [intensity], [1.54056])
+
+A library keeps the strongest lines of each structure and how they move with the strains that keep its symmetry. A scan
+is compared with all of them coarsely, then with the best of these by `xrdfast.ops.retrieval`. Not for the network's
+answer (`xrdfast.prediction`) or for joining the two (`xrdfast.posterior`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xrdfast.bragg import KA1_WAVELENGTH, Grid, convert_two_theta, scan_wavelengths
+from xrdfast.data.files import load_checked, save_checked
+from xrdfast.data.known_lines import q_squared, strongest_lines
+from xrdfast.data.peaks import is_scan
+from xrdfast.data.scans import read
+from xrdfast.data.store import PatternStore
+from xrdfast.errors import InputError
+from xrdfast.ops.preprocess import preprocess_scans
+from xrdfast.ops.reflections import lorentz_polarisation, rows_of
+from xrdfast.ops.render import check_offsets, sticks_to_grid
+from xrdfast.ops.retrieval import match_structures
+from xrdfast.symmetry import N_SPACE_GROUPS
+
+FORMAT, VERSION = "xrdfast-library", "1"
+GRID = Grid()  # the axis that scans are brought to first
+_MARGIN = 0.5  # degrees beyond the axis, from which strain brings lines in
+
+# The axis of comparison, ln q: 0.05 % steps over the angles of GRID.
+_STEP = 0.0005
+_LOG_Q_MIN, _LOG_Q_MAX = (
+    math.log(2.0 * math.sin(math.radians(0.5 * angle)) / KA1_WAVELENGTH)
+    for angle in (GRID.two_theta_min, GRID.two_theta_max)
+)
+_N_POINTS = int((_LOG_Q_MAX - _LOG_Q_MIN) / _STEP) + 1
+SMOOTH_POINTS = 15  # of a scan at steps of 0.01 degrees: 0.15, about a laboratory peak's width
+
+# The coarse comparison: 0.8 % bins, each structure tried at strains of up to 6 bins.
+_BIN_POINTS = 16
+_N_BINS = _N_POINTS // _BIN_POINTS + 1
+_SPLIT_SIGMA, _BIN_SIGMA = 0.7, 0.8  # bins: of intensity before the square root, of amplitude after it
+_SHIFTS = range(-6, 7)
+POOL_EXPONENTS = (1.0, 1.0)  # of a network's answer and of this one, until both were fitted together
+N_CANDIDATES = 100  # go on to the fine comparison
+_SCANS_AT_ONCE = 32
+_STRUCTURES_AT_ONCE = 4000
+_PEAK_SIGMA = 0.04  # degrees, of the peaks that lines get
+
+_TENSORS = {
+    "line_offset": torch.int64,
+    "hkl": torch.int16,
+    "line_amplitude": torch.float32,
+    "metric": torch.float64,
+    "metric_change": torch.float64,
+    "space_group_number": torch.int16,
+}
+_STRINGS = ("ids", "formula", "family")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a comparison says about a structure: log weights, fitted by likelihood once for all libraries.
+
+    A candidate's is linear in its score between `knots`, and falls with how unlikely its fit is. Besides, each
+    structure has weights by coarse likeness alone, so that a scan of nothing known is judged by what resembles it.
+    Weights add up in a space group.
+
+    Attributes:
+        knots, slopes: of the score; slopes add up from knot to knot.
+        strain, distortion: per 1 % of isotropic strain and of the norm of the others, up to 5 %.
+        density: per square of the difference in log `spread` (how many bins of ln q hold lines), up to 4.
+        copies: per unit of the log of how many structures share mineral (or formula) and group.
+        computed: of structures of the Materials Project (ids mp-...): relaxed, not measured, and often an ordered
+            variant of lower symmetry.
+        likeness, likeness_density, likeness_copies: of the coarse weights, per unit of the coarse cosine below 1, and
+            as above.
+        likeness_measured, likeness_computed: the coarse weights' own logs for structures of either kind.
+        floor: log weight of every group.
+
+    Note:
+        Fitted by `python -m benchmarks.fit_retrieval` on simulated scans of structures left out of the library and on
+        the measured scans of even copy groups in exp_rruff.
+    """
+
+    knots: tuple[float, ...] = (0.0, 0.6, 0.75, 0.85, 0.93)
+    slopes: tuple[float, ...] = (10.05, 16.06, -8.95, 17.47, 12.02)
+    strain: float = -0.27
+    distortion: float = -0.42
+    density: float = -0.42
+    copies: float = -0.21
+    computed: float = -1.58
+    likeness: tuple[float, ...] = (6.0, 6.0)
+    likeness_density: tuple[float, ...] = (0.0, -3.125)
+    likeness_copies: float = -0.7
+    likeness_measured: tuple[float, ...] = (-2.7, 1.0)
+    likeness_computed: tuple[float, ...] = (-0.5, -0.2)
+    floor: float = 0.5
+
+
+class Matches(NamedTuple):
+    """The nearest known structures of each scan, best first, and what all of them say about the space group."""
+
+    structure: Tensor  # (n_scans, n_best) int64, rows of the library; -1 where there are fewer
+    score: Tensor  # (n_scans, n_best) float32, cosine 0..1
+    strain: Tensor  # (n_scans, n_best) float32, mean linear strain of the cell against the library's
+    distortion: Tensor  # (n_scans, n_best) float32, norm of the rest of the strain
+    zero_shift: Tensor  # (n_scans, n_best) float32, degrees 2theta
+    space_group: Tensor  # (n_scans, 230) float32, probabilities; a blank scan has equal ones
+
+
+class KnownStructures:
+    """A library of N known structures with M lines in all.
+
+    Attributes:
+        ids, formula, family: (N) lists; `family` is the mineral's name, or another key of relatives, "" where none.
+        space_group_number: (N,) int16, 0 where not known.
+        line_offset, hkl, line_amplitude, metric, metric_change: as `xrdfast.ops.retrieval.match_structures` takes them.
+        evidence: how scores become probabilities.
+    """
+
+    def __init__(
+        self,
+        *,
+        ids: list[str],
+        formula: list[str],
+        family: list[str],
+        line_offset: Tensor,
+        hkl: Tensor,
+        line_amplitude: Tensor,
+        metric: Tensor,
+        metric_change: Tensor,
+        space_group_number: Tensor,
+        evidence: Evidence | None = None,
+    ) -> None:
+        self.ids, self.formula, self.family = ids, formula, family
+        self.line_offset, self.hkl, self.line_amplitude = line_offset, hkl, line_amplitude
+        self.metric, self.metric_change = metric, metric_change
+        self.space_group_number = space_group_number
+        self.evidence = evidence or Evidence()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def build(
+        cls, store: PatternStore, progress: Callable[[int, int], None] | None = None
+    ) -> KnownStructures:
+        """A library of all structures of a store.
+
+        Args:
+            store: simulated for the angles of the default grid under Cu K-alpha 1 (`generate_store`'s settings).
+            progress: called with (structures done, N).
+
+        Raises:
+            InputError: for a store of other angles.
+        """
+        simulated = store.simulation
+        span = [
+            math.sin(math.radians(0.5 * angle)) / simulated.wavelength
+            for angle in (simulated.two_theta_min, simulated.two_theta_max)
+        ]
+        wanted = [0.5 * math.exp(end) for end in (_LOG_Q_MIN, _LOG_Q_MAX)]
+        if span[0] > 1.001 * wanted[0] or span[1] < 0.999 * wanted[1]:
+            raise InputError(
+                f"{store.paths[0]}: simulation: must reach {GRID.two_theta_min:g}..{GRID.two_theta_max:g} degrees of "
+                f"Cu K-alpha 1, got {simulated.two_theta_min:g}..{simulated.two_theta_max:g} at {simulated.wavelength}"
+            )
+        low, high = GRID.two_theta_min - _MARGIN, GRID.two_theta_max + _MARGIN
+        pieces: list[tuple[Tensor, ...]] = []
+        for rows in torch.arange(len(store)).split(_STRUCTURES_AT_ONCE):
+            pieces.append(strongest_lines(store, rows, KA1_WAVELENGTH, low, high))
+            if progress is not None:
+                progress(int(rows[-1]) + 1, len(store))
+        counts, *columns = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        hkl, line_amplitude, metric, metric_change = columns
+        return cls(
+            ids=store.ids,
+            formula=store.formula,
+            family=store.family,
+            line_offset=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
+            hkl=hkl,
+            line_amplitude=line_amplitude,
+            metric=metric,
+            metric_change=metric_change,
+            space_group_number=store.space_group_01.clone(),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes the library to one safetensors file with checksums.
+
+        Raises:
+            InputError: where it cannot be written.
+        """
+        strings = json.dumps({name: getattr(self, name) for name in _STRINGS}, ensure_ascii=False)
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        tensors["strings"] = torch.frombuffer(bytearray(strings.encode()), dtype=torch.uint8)
+        save_checked(Path(path), tensors, {"format": FORMAT, "version": VERSION})
+
+    @classmethod
+    def load(cls, path: str | Path) -> KnownStructures:
+        """Reads what `save` wrote.
+
+        Raises:
+            InputError: for a file that is missing, damaged, of another kind or version, or inconsistent.
+        """
+        path = Path(path)
+        tensors, metadata = load_checked(path)
+        if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
+            got = (
+                f"{metadata.get('format', 'another safetensors file')} {metadata.get('version', '')}".strip()
+            )
+            raise InputError(f"{path}: format: must be {FORMAT} {VERSION}, got {got}")
+        try:
+            strings = json.loads(tensors.pop("strings").numpy().tobytes())
+            columns = {name: [str(text) for text in strings[name]] for name in _STRINGS}
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{path}: strings: must be JSON lists of {', '.join(_STRINGS)}, got {error}"
+            ) from error
+        known = {name: tensors.get(name) for name in _TENSORS}
+        _check_file(path, known, {name: len(texts) for name, texts in columns.items()})
+        return cls(**columns, **known)
+
+    def match(
+        self,
+        two_theta: Sequence[NDArray[np.float64]],  # each (n_points of the scan,)
+        intensity: Sequence[NDArray[np.float64]],  # the same
+        wavelength: Sequence[float],
+        *,
+        n_best: int = 10,
+        exclude: Tensor | None = None,  # (n_scans, N)
+    ) -> Matches:
+        """Nearest structures of measured scans. Background and noise are taken off here.
+
+        Args:
+            two_theta: degrees, rising, in steps of some 0.01 to 0.03.
+            intensity: any unit.
+            wavelength: Angstrom; of K-alpha 1 for a doublet.
+            n_best: structures to return of each.
+            exclude: bool, structures that a scan may not be compared with.
+
+        Raises:
+            ValueError: as `preprocess_scans`, or for another shape of `exclude`.
+        """
+        pieces = []
+        for begin in range(0, len(two_theta), _SCANS_AT_ONCE):
+            part = slice(begin, begin + _SCANS_AT_ONCE)
+            prepared = preprocess_scans(
+                torch.tensor([0, *map(len, two_theta[part])]).cumsum(0),
+                torch.from_numpy(np.concatenate(two_theta[part])),
+                torch.from_numpy(np.concatenate(intensity[part])),
+                torch.tensor(wavelength[part], dtype=torch.float64),
+                grid=GRID,
+                model_wavelength=KA1_WAVELENGTH,
+                smooth_points=SMOOTH_POINTS,
+            )
+            left_out = None if exclude is None else exclude[part]
+            pieces.append(self._match(prepared.intensity, prepared.measured, n_best, left_out))
+        return _joined(pieces, n_best)
+
+    def match_lines(
+        self,
+        offset: Tensor,  # (n_patterns + 1,)
+        two_theta: Tensor,  # (n_lines,)
+        intensity: Tensor,  # (n_lines,)
+        *,
+        n_best: int = 10,
+    ) -> Matches:
+        """Nearest structures of lists of lines under Cu K-alpha 1, which get the shape of a laboratory's peaks.
+
+        From a degree before the first line to a degree after the last counts as measured.
+
+        Args:
+            offset: int64, first line of each pattern.
+            two_theta: float64, degrees.
+            intensity: float64, >= 0.
+            n_best: structures to return of each.
+
+        Raises:
+            ValueError: for an offset outside these rules.
+        """
+        check_offsets("match_lines", "offset", offset, len(two_theta))
+        reach = round(4.0 * _PEAK_SIGMA / GRID.two_theta_step)
+        at = torch.arange(-reach, reach + 1) * (GRID.two_theta_step / _PEAK_SIGMA)
+        shape = torch.exp(-0.5 * at.square())
+        sticks = sticks_to_grid(offset, two_theta, intensity, GRID)
+        there, index = sticks > 0.0, torch.arange(GRID.n_points)
+        margin = round(1.0 / GRID.two_theta_step)
+        first = torch.where(there, index, GRID.n_points).amin(1) - margin
+        end = torch.where(there, index + 1, 0).amax(1) + margin
+        measured = torch.stack([first.clamp(min=0), end.clamp(max=GRID.n_points)], dim=1)
+        measured = torch.where(there.any(1, keepdim=True), measured, 0).int()
+        pieces = []
+        for rows in torch.arange(len(sticks)).split(_SCANS_AT_ONCE):
+            peaks = torch.nn.functional.conv1d(sticks[rows, None], shape[None, None], padding=reach)[:, 0]
+            pieces.append(self._match(peaks, measured[rows], n_best, None))
+        return _joined(pieces, n_best)
+
+    def match_file(
+        self,
+        path: str | Path,
+        *,
+        kind: str = "auto",
+        wavelength: float | None = None,
+        scan: int | None = None,
+        n_best: int = 10,
+    ) -> Matches:
+        """Nearest structures of a measured pattern in a file; arguments as `SymmetryPredictor.predict_file` has them.
+
+        Raises:
+            InputError: for a file that breaks a rule.
+        """
+        measured = read(path, wavelength=wavelength, scan=scan)
+        first = scan_wavelengths(measured.wavelength)[0] if measured.is_doublet else measured.wavelength
+        if kind == "scan" or (kind == "auto" and is_scan(measured.two_theta)):
+            return self.match([measured.two_theta], [measured.intensity], [first], n_best=n_best)
+        two_theta, intensity = measured.two_theta, np.asarray(measured.intensity, dtype=np.float64)
+        moved = convert_two_theta(two_theta, first, KA1_WAVELENGTH)
+        there = np.isfinite(moved)
+        factors = [
+            lorentz_polarisation(torch.from_numpy(np.sin(np.radians(0.5 * angle[there])) ** 2))
+            for angle in (moved, two_theta)
+        ]
+        heights = torch.from_numpy(intensity[there]) * factors[0] / factors[1]
+        offset = torch.tensor([0, int(there.sum())])
+        return self.match_lines(offset, torch.from_numpy(moved[there]), heights, n_best=n_best)
+
+    def describe(self, matches: Matches) -> list[list[dict[str, Any]]]:
+        """For each scan its nearest structures, best first: id, formula, name, group, and how they fit."""
+        columns = zip(*(column.tolist() for column in matches[:-1]), strict=True)
+        return [
+            [
+                {
+                    "id": self.ids[row],
+                    "formula": self.formula[row],
+                    "name": self.family[row],
+                    "space_group_number": int(self.space_group_number[row]),
+                    "score": score,
+                    "strain": strain,
+                    "distortion": distortion,
+                    "zero_shift": zero_shift,
+                }
+                for row, score, strain, distortion, zero_shift in zip(*scan, strict=True)
+                if row >= 0
+            ]
+            for scan in columns
+        ]
+
+    # --- how it is done ---------------------------------------------------------------------------------------------
+
+    def _match(self, intensity: Tensor, measured: Tensor, n_best: int, exclude: Tensor | None) -> Matches:
+        """Of patterns on GRID without background, and the points of it that were measured."""
+        amplitude, span = _on_axis(intensity, measured)
+        coarse, spread = self._coarse.compare(amplitude, span)
+        usable = torch.ones_like(coarse, dtype=torch.bool)
+        if exclude is not None:
+            if exclude.shape != usable.shape or exclude.dtype != torch.bool:
+                got = f"{tuple(exclude.shape)} {exclude.dtype}"
+                raise ValueError(f"match: exclude must be {tuple(usable.shape)} bool, got {got}")
+            usable = ~exclude
+        coarse = torch.where(usable, coarse, -1.0)
+        height, candidate = coarse.topk(min(N_CANDIDATES, len(self)), dim=1)
+        candidate = torch.where(height > 0.0, candidate, -1)
+        score, fit = match_structures(
+            amplitude.sqrt(),
+            span,
+            _angle_weight(),
+            candidate,
+            self.line_offset,
+            self.hkl,
+            self.line_amplitude,
+            self.metric,
+            self.metric_change,
+            log_q_min=_LOG_Q_MIN,
+            log_q_step=_STEP,
+            wavelength=KA1_WAVELENGTH,
+        )
+        weight = self._weights(score, fit, candidate, spread)
+        probability = self._probabilities(weight, candidate, coarse, spread)
+        order = weight.argsort(dim=1, descending=True, stable=True)[:, :n_best]
+        short = (0, n_best - order.shape[1])
+        fit = fit.gather(1, order[..., None].expand(-1, -1, fit.shape[2]))
+        columns = {
+            "structure": candidate.gather(1, order),
+            "score": score.gather(1, order).clamp(min=0.0),
+            "strain": torch.expm1(fit[..., 0] / math.sqrt(3.0)),
+            "distortion": fit[..., 1:-1].norm(dim=2),
+            "zero_shift": fit[..., -1],
+        }
+        padded = {
+            name: torch.nn.functional.pad(column, short, value=-1 if name == "structure" else 0)
+            for name, column in columns.items()
+        }
+        return Matches(**padded, space_group=probability)
+
+    def _weights(self, score: Tensor, fit: Tensor, candidate: Tensor, spread: Tensor) -> Tensor:
+        """(n_scans, n_candidates): log weight of each comparison, whatever the structure; -inf for none."""
+        evidence = self.evidence
+        log = sum(
+            slope * (score - knot).clamp(min=0.0)
+            for knot, slope in zip(evidence.knots, evidence.slopes, strict=True)
+        )
+        log = log + evidence.strain * (fit[..., 0].abs() * (100.0 / math.sqrt(3.0))).clamp(max=5.0)
+        log = log + evidence.distortion * (fit[..., 1:-1].norm(dim=2) * 100.0).clamp(max=5.0)
+        log = log + evidence.density * spread.gather(1, candidate.clamp(min=0)).square().clamp(max=4.0)
+        return torch.where(candidate >= 0, log, -math.inf)
+
+    def _probabilities(self, weight: Tensor, candidate: Tensor, coarse: Tensor, spread: Tensor) -> Tensor:
+        """(n_scans, 230): weights of candidates and of coarse likeness, added up by space group."""
+        evidence, row = self.evidence, candidate.clamp(min=0)
+        log = weight + evidence.copies * self._copies[row] + evidence.computed * self._computed[row]
+        largest = log.detach().amax(dim=1, keepdim=True).clamp(min=-50.0)
+        total = torch.exp(evidence.floor - largest).expand(-1, N_SPACE_GROUPS + 1)
+        total = total.scatter_add(1, self._group[row], torch.exp(log - largest))
+        for exponent, density, measured, computed in zip(
+            evidence.likeness,
+            evidence.likeness_density,
+            evidence.likeness_measured,
+            evidence.likeness_computed,
+            strict=True,
+        ):
+            own = evidence.likeness_copies * self._copies + torch.where(self._computed, computed, measured)
+            likeness = exponent * (coarse - 1.0) + density * spread.square() + own - largest
+            likeness = torch.where(coarse > -0.5, torch.exp(likeness), 0.0)
+            total = total.index_add(1, self._group, likeness)
+        known = total[:, 1:]  # structures of no known group say nothing
+        return known / known.sum(dim=1, keepdim=True)
+
+    @functools.cached_property
+    def _coarse(self) -> _Coarse:
+        return _Coarse(self)
+
+    @functools.cached_property
+    def _group(self) -> Tensor:
+        return self.space_group_number.long()
+
+    @functools.cached_property
+    def _computed(self) -> Tensor:
+        return torch.tensor([name.startswith("mp-") for name in self.ids], dtype=torch.bool)
+
+    @functools.cached_property
+    def _copies(self) -> Tensor:
+        """(N,) log of how many structures share mineral (or formula) and group."""
+        keys = list(
+            zip(
+                (family or formula for family, formula in zip(self.family, self.formula, strict=True)),
+                self._group.tolist(),
+                strict=True,
+            )
+        )
+        count = Counter(keys)
+        return torch.tensor([math.log(count[key]) for key in keys])
+
+
+class _Coarse:
+    """Amplitudes of all structures in bins of ln q, for one matrix product a strain."""
+
+    def __init__(self, known: KnownStructures) -> None:
+        log_q = 0.5 * torch.log(
+            q_squared(known.hkl, known.metric[rows_of(known.line_offset, len(known.hkl))])
+        )
+        place = ((log_q - _LOG_Q_MIN) / (_STEP * _BIN_POINTS)).floor().long()
+        there = (place >= 0) & (place < _N_BINS)
+        flat = torch.zeros(len(known) * _N_BINS)
+        structure = rows_of(known.line_offset, len(known.hkl))
+        flat.index_add_(0, (structure * _N_BINS + place)[there], known.line_amplitude.square()[there])
+        self.amplitude = _in_bins(flat.view(-1, _N_BINS))
+        # Sums from the first bin on, (n_bins + 1, N): a range's is a difference of two rows.
+        self._sum, self._square_sum = (
+            torch.nn.functional.pad(x.T.double().cumsum(0), (0, 0, 1, 0)).float()
+            for x in (self.amplitude, self.amplitude.square())
+        )
+
+    def compare(self, amplitude: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
+        """Largest cosine over all strains, and difference of log `spread`, scan against structure, (n_scans, N).
+
+        Args:
+            amplitude: (n_scans, n_points) intensity on the axis.
+            span: (n_scans, 2) measured points.
+        """
+        area = amplitude * torch.from_numpy(np.tan(_THETA)).float()  # of d 2theta = 2 tan theta d ln q
+        short = _N_BINS * _BIN_POINTS - _N_POINTS
+        scans = _in_bins(torch.nn.functional.pad(area, (0, short)).view(-1, _N_BINS, _BIN_POINTS).sum(2))
+        best = None
+        for shift in _SHIFTS:
+            moved = torch.roll(scans, shift, 1)
+            if shift > 0:
+                moved[:, :shift] = 0.0
+            elif shift < 0:
+                moved[:, shift:] = 0.0
+            product = moved @ self.amplitude.T
+            best = product if best is None else torch.maximum(best, product)
+        first, end = (span[:, 0] // _BIN_POINTS).long(), (-(-span[:, 1] // _BIN_POINTS)).long()
+        total, square = ((sums[end] - sums[first]).clamp(min=1e-6) for sums in (self._sum, self._square_sum))
+        own = scans.square().sum(1, keepdim=True).clamp(min=1e-12)
+        cosine = best / (square.sqrt() * own.sqrt())
+        spread = torch.log((scans.sum(1, keepdim=True).square() / own).clamp(min=1e-6))
+        return cosine, spread - torch.log(total.square() / square)
+
+
+_THETA = np.arcsin(np.exp(_LOG_Q_MIN + _STEP * np.arange(_N_POINTS)) * (0.5 * KA1_WAVELENGTH))
+_PLACE = (2.0 * np.degrees(_THETA) - GRID.two_theta_min) / GRID.two_theta_step  # of the axis' points on GRID
+
+
+def _on_axis(intensity: Tensor, measured: Tensor) -> tuple[Tensor, Tensor]:
+    """Patterns of GRID on the axis of ln q, (n_scans, n_points), and which of its points were measured."""
+    place = torch.from_numpy(_PLACE)
+    left = place.long().clamp(max=GRID.n_points - 2)
+    share = (place - left).float()
+    on_axis = torch.lerp(intensity[:, left], intensity[:, left + 1], share.expand(len(intensity), -1))
+    first, end = measured.T.double().contiguous()
+    ends = [torch.searchsorted(place, first), torch.searchsorted(place, end - 1.0, right=True)]
+    span = torch.stack(ends, dim=1).int()
+    span[measured[:, 0] >= measured[:, 1]] = 0
+    return on_axis, span
+
+
+def _angle_weight() -> Tensor:
+    """Of a point of the axis, so that sums are over 2theta."""
+    return torch.from_numpy(np.tan(_THETA)).float()
+
+
+def _in_bins(intensity: Tensor) -> Tensor:
+    """Amplitudes from intensities in bins, blurred so that lines near a bin's edge count in both."""
+    return _blurred(_blurred(intensity, _SPLIT_SIGMA).clamp(min=0.0).sqrt(), _BIN_SIGMA)
+
+
+def _blurred(rows: Tensor, sigma: float) -> Tensor:
+    reach = int(3.0 * sigma + 1.0)
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma).square())
+    return torch.nn.functional.conv1d(rows[:, None], (kernel / kernel.sum())[None, None], padding=reach)[:, 0]
+
+
+def _joined(pieces: list[Matches], n_best: int) -> Matches:
+    if pieces:
+        return Matches(*(torch.cat(column) for column in zip(*pieces, strict=True)))
+    none = torch.zeros(0, n_best)
+    return Matches(none.long(), none, none, none, none, torch.zeros(0, N_SPACE_GROUPS))
+
+
+def _check_file(path: Path, tensors: dict[str, Tensor | None], lengths: dict[str, int]) -> None:
+    """Refuses tensors of a file that do not fit each other."""
+    n = lengths["ids"]
+    n_lines = 0 if tensors["hkl"] is None else len(tensors["hkl"])
+    shapes = {
+        "line_offset": (n + 1,),
+        "hkl": (n_lines, 3),
+        "line_amplitude": (n_lines,),
+        "metric": (n, 6),
+        "metric_change": (n, 6, 6),
+        "space_group_number": (n,),
+    }
+    if set(lengths.values()) != {n}:
+        raise InputError(f"{path}: strings: must be {n} of each, got {lengths}")
+    for name, dtype in _TENSORS.items():
+        tensor = tensors[name]
+        got = None if tensor is None else (tuple(tensor.shape), tensor.dtype)
+        if got != (shapes[name], dtype):
+            raise InputError(f"{path}: {name}: must be {shapes[name]} {dtype}, got {got}")
+    offset, number = tensors["line_offset"], tensors["space_group_number"]
+    rising = [int(offset[0]), int(offset[-1])] == [0, n_lines] and not bool((offset.diff() < 0).any())
+    if not rising:
+        raise InputError(f"{path}: line_offset: must rise from 0 to {n_lines}, got {offset[:3].tolist()} ...")
+    if bool(((number < 0) | (number > N_SPACE_GROUPS)).any()):
+        raise InputError(f"{path}: space_group_number: must be in 0..{N_SPACE_GROUPS}, got other numbers")
+    for name in ("metric", "metric_change", "line_amplitude"):
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise InputError(f"{path}: {name}: must be finite, got NaN or infinity")
