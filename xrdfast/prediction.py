@@ -28,7 +28,7 @@ from xrdfast.bragg import (
     wavelength_of,
 )
 from xrdfast.data.generate import AugmentConfig, PatternSource
-from xrdfast.data.peaks import find_peaks, is_scan
+from xrdfast.data.peaks import find_peaks, is_scan, second_satellites
 from xrdfast.data.profiles import PROFILES
 from xrdfast.data.scans import read
 from xrdfast.data.store import PatternStore
@@ -54,9 +54,6 @@ SUPERCLASSES = (
 )
 _BATCH = 128
 _SHOWN_GROUPS = 3  # of an extinction group
-# A K-alpha 2 satellite: degrees from its computed place, and its share of the K-alpha 1 height (0.5 in theory).
-_SATELLITE_REACH = 0.03
-_SATELLITE_SHARE = (0.3, 0.7)
 _PEAK_FWHM, _PEAK_REACH = 0.1, 1.0  # degrees, of the peaks that lines get for a model of scans
 
 
@@ -465,7 +462,7 @@ class SymmetryPredictor:
         """
         notes = []
         if is_doublet and (anode := _anode(wavelength)):
-            keep = ~_satellites(two_theta, intensity, wavelength, radiations()[f"{anode}Ka2"])
+            keep = ~second_satellites(two_theta, intensity, wavelength, radiations()[f"{anode}Ka2"])
             notes.append(f"{anode} K-alpha doublet: {int((~keep).sum())} K-alpha 2 satellites left out")
             two_theta, intensity = two_theta[keep], intensity[keep]
         moved = two_theta
@@ -571,24 +568,6 @@ def _lorentz_polarisation(two_theta: NDArray[np.float64]) -> NDArray[np.float64]
     """(1 + cos^2 2theta) / (sin^2 theta cos theta), no monochromator."""
     theta = np.radians(two_theta / 2.0)
     return (1.0 + np.cos(2.0 * theta) ** 2) / (np.sin(theta) ** 2 * np.cos(theta))
-
-
-def _satellites(
-    two_theta: NDArray[np.float64], height: NDArray[np.float64], first: float, second: float
-) -> NDArray[np.bool_]:
-    """(n_peaks,) whether a peak is the K-alpha 2 satellite of another one; two_theta rising."""
-    expected = convert_two_theta(two_theta, first, second)
-    satellite = np.zeros(len(two_theta), dtype=bool)
-    if len(two_theta) < 2:
-        return satellite
-    right = np.searchsorted(two_theta, expected).clip(1, len(two_theta) - 1)
-    nearest = np.where(expected - two_theta[right - 1] < two_theta[right] - expected, right - 1, right)
-    share = height[nearest] / height
-    fits = np.abs(two_theta[nearest] - expected) < _SATELLITE_REACH
-    fits &= (share > _SATELLITE_SHARE[0]) & (share < _SATELLITE_SHARE[1])
-    fits &= nearest != np.arange(len(two_theta))
-    satellite[nearest[fits]] = True
-    return satellite
 
 
 def _ranked_candidates(posterior: JointPosterior, n_candidates: int) -> tuple[Candidate, ...]:

@@ -8,6 +8,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from xrdfast.bragg import convert_two_theta
+
 _SCAN_POINTS = 1000  # a list of more equally spaced points than this is a scan
 
 _BACKGROUND_WIDTH = 1.0  # degrees, half window of the background: wider than any sharp peak's foot
@@ -15,6 +17,9 @@ _SMOOTHING_WIDTH = 0.08  # degrees, about the width of a laboratory peak
 _NOISE_WIDTH = 2.0  # degrees over which noise counts as constant
 _MIN_HEIGHT = 0.002  # of the strongest peak: below lie the ripples of a scan without noise
 _DIFFERENCE = 0.6744897501960817 * math.sqrt(2.0)  # median |x1 - x2| of normal values with deviation 1
+# A K-alpha 2 satellite: degrees from its computed place, and its share of the K-alpha 1 height (0.5 in theory).
+_SATELLITE_REACH = 0.03
+_SATELLITE_SHARE = (0.3, 0.7)
 _MAX_WINDOW = 2001  # points of any window, so that the finest scan stays cheap
 
 
@@ -223,3 +228,30 @@ def _key_valleys(
         keys[i] = low if higher else lowest
         higher.append((top, low))
     return keys
+
+
+def second_satellites(
+    two_theta: NDArray[np.float64], height: NDArray[np.float64], first: float, second: float
+) -> NDArray[np.bool_]:
+    """Which peaks are the K-alpha 2 satellite of another one.
+
+    Args:
+        two_theta: (n_peaks,) degrees, rising.
+        height: (n_peaks,) any scale.
+        first, second: Angstrom, of K-alpha 1 and 2.
+
+    Returns:
+        (n_peaks,) bool.
+    """
+    expected = convert_two_theta(two_theta, first, second)
+    satellite = np.zeros(len(two_theta), dtype=bool)
+    if len(two_theta) < 2:
+        return satellite
+    right = np.searchsorted(two_theta, expected).clip(1, len(two_theta) - 1)
+    nearest = np.where(expected - two_theta[right - 1] < two_theta[right] - expected, right - 1, right)
+    share = height[nearest] / height
+    fits = np.abs(two_theta[nearest] - expected) < _SATELLITE_REACH
+    fits &= (share > _SATELLITE_SHARE[0]) & (share < _SATELLITE_SHARE[1])
+    fits &= nearest != np.arange(len(two_theta))
+    satellite[nearest[fits]] = True
+    return satellite
