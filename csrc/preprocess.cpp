@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "active_patches.h"
+#include "block_math.h"
 #include "preprocess_math.h"
 #include "reflection_math.h"
 #include "significance.h"
@@ -132,38 +133,49 @@ void extrapolate(float* end, int window, int64_t stride) {
     for (int i = 1; i <= window; ++i) end[stride * i] = on_line(sum, moment, window, middle + i);
 }
 
-// kChunk points clipped in one window; all are read before any is written.
-XRDFAST_INLINE void clip_chunk(const float* middle, int window, float* out) {
-    const float *left = middle - window, *right = middle + window;
-    float clipped[kChunk];
-#pragma omp simd
-    for (int k = 0; k < kChunk; ++k) {
-        const float mean = 0.5f * (left[k] + right[k]);
-        clipped[k] = mean < middle[k] ? mean : middle[k];
-    }
-#pragma omp simd
-    for (int k = 0; k < kChunk; ++k) out[k] = clipped[k];
-}
-
 // Clips peaks in windows that shrink to a point, in place: every pass writes its result one half window beside what it
 // reads, downwards and upwards in turn, over the points that it needs no more. So one array of a scan stays in L1.
 // There are 2 half points of infinity on either side, as a window that reaches beyond clips nothing, and `n` is whole
-// chunks. Returns where the result begins.
-XRDFAST_CLONES const float* clip_peaks(float* level, int64_t n, int half) {
-    bool down = true;
-    for (int window = half; window > 0; --window, down = !down) {
-        if (down) {
-            for (int64_t i = 0; i < n; i += kChunk) clip_chunk(level + i, window, level + i - window);
-            std::fill(level + n - window, level + n, kInfinity);
-            level -= window;
-        } else {
-            for (int64_t i = n - kChunk; i >= 0; i -= kChunk) clip_chunk(level + i, window, level + i + window);
-            std::fill(level, level + window, kInfinity);
-            level += window;
+// chunks. `level` ends as the beginning of the result.
+struct ClipPeaks {
+    float*& level;
+    int64_t n;
+    int half;
+
+    template <int kBytes>
+    XRDFAST_INLINE void run() const {
+        using S = Simd<float, kBytes>;
+        float* at = level;
+        bool down = true;
+        for (int window = half; window > 0; --window, down = !down) {
+            if (down) {
+                for (int64_t i = 0; i < n; i += kChunk) chunk<S>(at + i, window, at + i - window);
+                std::fill(at + n - window, at + n, kInfinity);
+                at -= window;
+            } else {
+                for (int64_t i = n - kChunk; i >= 0; i -= kChunk) chunk<S>(at + i, window, at + i + window);
+                std::fill(at, at + window, kInfinity);
+                at += window;
+            }
         }
+        level = at;
     }
-    return level;
-}
+
+    // kChunk points clipped in one window; all are read before any is written.
+    template <class S>
+    XRDFAST_INLINE static void chunk(const float* middle, int window, float* out) {
+        using V = typename S::Vector;
+        V clipped[kChunk / S::kLanes];
+#pragma GCC unroll 4
+        for (int k = 0; k < kChunk / S::kLanes; ++k) {
+            const float* here = middle + k * S::kLanes;
+            const V value = load<V>(here), mean = 0.5f * (load<V>(here - window) + load<V>(here + window));
+            clipped[k] = mean < value ? mean : value;
+        }
+#pragma GCC unroll 4
+        for (int k = 0; k < kChunk / S::kLanes; ++k) store(out + k * S::kLanes, clipped[k]);
+    }
+};
 
 XRDFAST_CLONES void subtract_background(const float* __restrict level, const float* __restrict clipped, int64_t n,
                                         float lowest, float least, float* __restrict value) {
@@ -181,8 +193,8 @@ void remove_background(int64_t n, int half, Workspace& ws) {
     std::copy(level, level + n, ws.spare.data());
     extrapolate(level, half, -1);
     extrapolate(level + n - 1, half, 1);
-    const float* clipped = clip_peaks(padded, n_padded, half) + half;
-    subtract_background(ws.spare.data(), clipped, n, lowest, least, ws.signal.data());
+    run_best(ClipPeaks{padded, n_padded, half});
+    subtract_background(ws.spare.data(), padded + half, n, lowest, least, ws.signal.data());
 }
 
 XRDFAST_CLONES void clip_signal(float* signal, int64_t n, float k, const float* noise, float raised) {
@@ -195,10 +207,11 @@ XRDFAST_CLONES void place(const double* __restrict two_theta, int64_t n, double 
     for (int64_t i = 0; i < n; ++i) position[i] = grid_position(two_theta[i], two_theta_min, two_theta_step);
 }
 
-// The same on another wavelength's axis, and intensities as they are there. Infinite where nothing diffracts.
-XRDFAST_CLONES void convert(const double* __restrict two_theta, int64_t n, double ratio, bool conserve_area,
-                            double two_theta_min, double two_theta_step, double* __restrict position,
-                            float* __restrict signal) {
+// The same on another wavelength's axis, and intensities as they are there. Infinite where nothing diffracts. A choice
+// made within the loop would keep it from becoming SIMD code.
+template <bool kConserveArea>
+XRDFAST_CLONES void convert(const double* __restrict two_theta, int64_t n, double ratio, double two_theta_min,
+                            double two_theta_step, double* __restrict position, float* __restrict signal) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
         const double sine = sine_of(two_theta[i]), wanted = ratio * sine;
@@ -206,7 +219,7 @@ XRDFAST_CLONES void convert(const double* __restrict two_theta, int64_t n, doubl
         const double new_sine = reachable ? wanted : 0.5;
         const double angle = two_theta_of(new_sine * new_sine);
         const double there = grid_position(angle, two_theta_min, two_theta_step);
-        const double factor = converted_intensity(sine, new_sine, ratio, conserve_area);
+        const double factor = converted_intensity(sine, new_sine, ratio, kConserveArea);
         position[i] = reachable ? there : std::numeric_limits<double>::infinity();
         signal[i] = static_cast<float>(signal[i] * factor);
     }
@@ -343,8 +356,9 @@ void preprocess_scan(const PreprocessScansParams& p, int64_t scan, Workspace& ws
     if (p.wavelength[scan] == p.model_wavelength) {
         place(two_theta, n, p.two_theta_min, p.two_theta_step, position);
     } else {
-        convert(two_theta, n, p.model_wavelength / p.wavelength[scan], p.conserve_area, p.two_theta_min,
-                p.two_theta_step, position, ws.signal.data());
+        (p.conserve_area ? convert<true> : convert<false>)(two_theta, n, p.model_wavelength / p.wavelength[scan],
+                                                           p.two_theta_min, p.two_theta_step, position,
+                                                           ws.signal.data());
         n_reached = std::lower_bound(position, position + n, std::numeric_limits<double>::infinity()) - position;
     }
     if (n_reached < 2) return;
