@@ -5,13 +5,10 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <random>
 #include <vector>
 
 #include "dsr_loss.h"
+#include "hostile.h"
 #include "peak_attention.h"
 #include "peak_conv.h"
 #include "peak_norm.h"
@@ -24,50 +21,6 @@
 using namespace xrdfast;
 
 namespace {
-
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-constexpr double kInf = std::numeric_limits<double>::infinity();
-unsigned seed;
-int n_passed = 0, n_failed = 0;
-
-void expect(bool condition, const char* what) {
-    ++(condition ? n_passed : n_failed);
-    if (!condition && n_failed < 20) std::printf("seed %u: BROKEN: %s\n", seed, what);
-}
-
-// A heap block of exactly n elements: one past the end is an error that AddressSanitizer sees.
-template <typename T>
-class Block {
-   public:
-    explicit Block(int64_t n) : n_(n), data_(new T[n]()) {}
-    T* get() const { return data_.get(); }
-    T& operator[](int64_t i) const { return data_[i]; }
-    int64_t size() const { return n_; }
-    bool operator==(const Block& other) const {
-        return n_ == other.n_ && (n_ == 0 || std::memcmp(get(), other.get(), n_ * sizeof(T)) == 0);
-    }
-
-   private:
-    int64_t n_;
-    std::unique_ptr<T[]> data_;
-};
-
-class Random {
-   public:
-    explicit Random(unsigned s) : engine_(s) {}
-    int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine_); }
-    double real(double low, double high) { return std::uniform_real_distribution<double>(low, high)(engine_); }
-    bool one_in(int n) { return integer(1, n) == 1; }
-    double hostile() {
-        static const double values[] = {kNaN, kInf, -kInf, 0.0, -0.0, -1.0, 1e300, -1e300, 1e-310, 0.5, 1e9};
-        return values[integer(0, static_cast<int64_t>(std::size(values)) - 1)];
-    }
-    // Mostly harmless.
-    double number(double low, double high) { return one_in(60) ? hostile() : real(low, high); }
-
-   private:
-    std::mt19937_64 engine_;
-};
 
 void fill_lattice(Random& random, double g_max, double* lattice) {
     std::fill(lattice, lattice + 9, 0.0);
@@ -587,6 +540,7 @@ int main(int argc, char** argv) {
         drive_dsr_loss<double>(random);
         drive_dsr_loss<BFloat16>(random);
         drive_patterns(random);
+        drive_scans(random);
     }
     std::printf("%d passed, %d failed\n", n_passed, n_failed);
     return n_failed != 0;
