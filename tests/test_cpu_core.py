@@ -13,7 +13,7 @@ import pytest
 
 from xrdfast import _native
 
-DRIVERS = sorted((Path(__file__).resolve().parent / "native").glob("*.cpp"))
+DRIVERS = Path(__file__).resolve().parent / "native"
 SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow"
 
 
@@ -28,7 +28,8 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = compile_(compiler, *flags, probe, "-o", folder / "probe")
     if done.returncode != 0:
         pytest.skip(f"this compiler has no sanitizers: {done.stderr.strip().splitlines()[-1]}")
-    sources = [*DRIVERS, *(p for p in sorted(_native.CSRC.glob("*.cpp")) if not p.name.startswith("bind_"))]
+    core = (p for p in sorted(_native.CSRC.glob("*.cpp")) if not p.name.startswith("bind_"))
+    sources = [*sorted(DRIVERS.glob("*.cpp")), *core]
     # Without OpenMP and AVX there are pragmas and parameters without use, and vectors passed in memory.
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Wno-psabi"]
     done = compile_(compiler, *flags, *warnings, f"-I{_native.CSRC}", *sources, "-o", folder / "drive_cpu")

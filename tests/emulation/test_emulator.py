@@ -55,7 +55,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Ru
                 capture_output=True,
                 text=True,
                 errors="replace",
-                timeout=300,
+                timeout=900,  # of a process that hangs
                 check=False,
             )
 

@@ -5,11 +5,10 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <vector>
 
-#include "driver.h"
 #include "dsr_loss.h"
+#include "hostile.h"
 #include "peak_attention.h"
 #include "peak_conv.h"
 #include "peak_norm.h"
@@ -542,6 +541,7 @@ int main(int argc, char** argv) {
         drive_dsr_loss<BFloat16>(random);
         drive_patterns(random);
         drive_retrieval(random);
+        drive_scans(random);
     }
     std::printf("%d passed, %d failed\n", n_passed, n_failed);
     return n_failed != 0;

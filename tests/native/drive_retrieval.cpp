@@ -1,7 +1,7 @@
 // drive_retrieval.cpp: the part of drive_cpu that matches structures.
 #include "retrieval.h"
 
-#include "driver.h"
+#include "hostile.h"
 
 using namespace xrdfast;
 

@@ -1,14 +1,15 @@
-// driver.h: what the drivers of the CPU kernels share: rules that are counted, exact heap blocks, hostile numbers.
+// hostile.h: what the parts of drive_cpu.cpp share: rules, exact buffers, random and hostile numbers.
 #pragma once
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <random>
 
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-constexpr double kInf = std::numeric_limits<double>::infinity();
+inline constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+inline constexpr double kInf = std::numeric_limits<double>::infinity();
 inline unsigned seed;
 inline int n_passed = 0, n_failed = 0;
 
@@ -51,4 +52,6 @@ class Random {
     std::mt19937_64 engine_;
 };
 
+// One part a file of that name.
 void drive_retrieval(Random& random);
+void drive_scans(Random& random);
