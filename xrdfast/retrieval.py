@@ -48,6 +48,15 @@ _LOG_Q_MIN, _LOG_Q_MAX = (
     for angle in (GRID.two_theta_min, GRID.two_theta_max)
 )
 _N_POINTS = int((_LOG_Q_MAX - _LOG_Q_MIN) / _STEP) + 1
+_THETA = torch.asin(
+    0.5 * KA1_WAVELENGTH * torch.exp(_LOG_Q_MIN + _STEP * torch.arange(_N_POINTS, dtype=torch.float64))
+)
+_PLACE = (
+    2.0 * torch.rad2deg(_THETA) - GRID.two_theta_min
+) / GRID.two_theta_step  # of the axis' points on GRID
+_ANGLE_WEIGHT = torch.tan(
+    _THETA
+).float()  # of a point, so that sums are over 2theta: d 2theta = 2 tan theta d ln q
 SMOOTH_POINTS = 15  # of a scan at steps of 0.01 degrees: 0.15, about a laboratory peak's width
 
 # The coarse comparison: 0.8 % bins, each structure tried at strains of up to 6 bins.
@@ -59,6 +68,7 @@ POOL_EXPONENTS = (1.0, 1.0)  # of a network's answer and of this one, until both
 N_CANDIDATES = 100  # go on to the fine comparison
 _SCANS_AT_ONCE = 32
 _STRUCTURES_AT_ONCE = 4000
+_STRUCTURES_IN_CACHE = 512  # 0.7 MB of the coarse comparison, and as much of products
 _PEAK_SIGMA = 0.04  # degrees, of the peaks that lines get
 
 _TENSORS = {
@@ -350,12 +360,9 @@ class KnownStructures:
                     "formula": self.formula[row],
                     "name": self.family[row],
                     "space_group_number": int(self.space_group_number[row]),
-                    "score": score,
-                    "strain": strain,
-                    "distortion": distortion,
-                    "zero_shift": zero_shift,
+                    **dict(zip(Matches._fields[1:-1], fit, strict=True)),
                 }
-                for row, score, strain, distortion, zero_shift in zip(*scan, strict=True)
+                for row, *fit in zip(*scan, strict=True)
                 if row >= 0
             ]
             for scan in columns
@@ -365,33 +372,9 @@ class KnownStructures:
 
     def _match(self, intensity: Tensor, measured: Tensor, n_best: int, exclude: Tensor | None) -> Matches:
         """Of patterns on GRID without background, and the points of it that were measured."""
-        amplitude, span = _on_axis(intensity, measured)
-        coarse, spread = self._coarse.compare(amplitude, span)
-        usable = torch.ones_like(coarse, dtype=torch.bool)
-        if exclude is not None:
-            if exclude.shape != usable.shape or exclude.dtype != torch.bool:
-                got = f"{tuple(exclude.shape)} {exclude.dtype}"
-                raise ValueError(f"match: exclude must be {tuple(usable.shape)} bool, got {got}")
-            usable = ~exclude
-        coarse = torch.where(usable, coarse, -1.0)
-        height, candidate = coarse.topk(min(N_CANDIDATES, len(self)), dim=1)
-        candidate = torch.where(height > 0.0, candidate, -1)
-        score, fit = match_structures(
-            amplitude.sqrt(),
-            span,
-            _angle_weight(),
-            candidate,
-            self.line_offset,
-            self.hkl,
-            self.line_amplitude,
-            self.metric,
-            self.metric_change,
-            log_q_min=_LOG_Q_MIN,
-            log_q_step=_STEP,
-            wavelength=KA1_WAVELENGTH,
-        )
-        weight = self._weights(score, fit, candidate, spread)
-        probability = self._probabilities(weight, candidate, coarse, spread)
+        candidate, score, fit, coarse, spread = self._compared(intensity, measured, exclude)
+        weight = self._weights(score, fit, candidate, spread.gather(1, candidate.clamp(min=0)))
+        probability = self._probabilities(weight, candidate, self._likeness(coarse, spread))
         order = weight.argsort(dim=1, descending=True, stable=True)[:, :n_best]
         short = (0, n_best - order.shape[1])
         fit = fit.gather(1, order[..., None].expand(-1, -1, fit.shape[2]))
@@ -408,6 +391,37 @@ class KnownStructures:
         }
         return Matches(**padded, space_group=probability)
 
+    def _compared(
+        self, intensity: Tensor, measured: Tensor, exclude: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Candidates with score and fit (n_scans, n_candidates); coarse cosine and spread (n_scans, N)."""
+        amplitude, span = _on_axis(intensity, measured)
+        coarse, spread = self._coarse.compare(amplitude, span)
+        usable = torch.ones_like(coarse, dtype=torch.bool)
+        if exclude is not None:
+            if exclude.shape != usable.shape or exclude.dtype != torch.bool:
+                got = f"{tuple(exclude.shape)} {exclude.dtype}"
+                raise ValueError(f"match: exclude must be {tuple(usable.shape)} bool, got {got}")
+            usable = ~exclude
+        coarse = torch.where(usable, coarse, -1.0)
+        height, candidate = coarse.topk(min(N_CANDIDATES, len(self)), dim=1)
+        candidate = torch.where(height > 0.0, candidate, -1)
+        score, fit = match_structures(
+            amplitude.sqrt(),
+            span,
+            _ANGLE_WEIGHT,
+            candidate,
+            self.line_offset,
+            self.hkl,
+            self.line_amplitude,
+            self.metric,
+            self.metric_change,
+            log_q_min=_LOG_Q_MIN,
+            log_q_step=_STEP,
+            wavelength=KA1_WAVELENGTH,
+        )
+        return candidate, score, fit, coarse, spread
+
     def _weights(self, score: Tensor, fit: Tensor, candidate: Tensor, spread: Tensor) -> Tensor:
         """(n_scans, n_candidates): log weight of each comparison, whatever the structure; -inf for none."""
         evidence = self.evidence
@@ -417,29 +431,38 @@ class KnownStructures:
         )
         log = log + evidence.strain * (fit[..., 0].abs() * (100.0 / math.sqrt(3.0))).clamp(max=5.0)
         log = log + evidence.distortion * (fit[..., 1:-1].norm(dim=2) * 100.0).clamp(max=5.0)
-        log = log + evidence.density * spread.gather(1, candidate.clamp(min=0)).square().clamp(max=4.0)
+        log = log + evidence.density * spread.square().clamp(max=4.0)
         return torch.where(candidate >= 0, log, -math.inf)
 
-    def _probabilities(self, weight: Tensor, candidate: Tensor, coarse: Tensor, spread: Tensor) -> Tensor:
+    def _likeness(self, coarse: Tensor, spread: Tensor) -> Tensor:
+        """Coarse weights added up by group, (kinds of weight, measured and computed, n_scans, 231)."""
+        evidence, n_groups = self.evidence, N_SPACE_GROUPS + 1
+        kind_and_group = self._group + n_groups * self._computed
+        sums = []
+        for exponent, density in zip(evidence.likeness, evidence.likeness_density, strict=True):
+            log = (
+                exponent * (coarse - 1.0)
+                + density * spread.square()
+                + evidence.likeness_copies * self._copies
+            )
+            weight = torch.where(coarse > -0.5, torch.exp(log), 0.0)
+            empty = coarse.new_zeros(len(coarse), 2 * n_groups)
+            sums.append(empty.index_add_(1, kind_and_group, weight).view(-1, 2, n_groups).transpose(0, 1))
+        return torch.stack(sums)
+
+    def _probabilities(self, weight: Tensor, candidate: Tensor, likeness: Tensor) -> Tensor:
         """(n_scans, 230): weights of candidates and of coarse likeness, added up by space group."""
         evidence, row = self.evidence, candidate.clamp(min=0)
         log = weight + evidence.copies * self._copies[row] + evidence.computed * self._computed[row]
         largest = log.detach().amax(dim=1, keepdim=True).clamp(min=-50.0)
-        total = torch.exp(evidence.floor - largest).expand(-1, N_SPACE_GROUPS + 1)
-        total = total.scatter_add(1, self._group[row], torch.exp(log - largest))
-        for exponent, density, measured, computed in zip(
-            evidence.likeness,
-            evidence.likeness_density,
-            evidence.likeness_measured,
-            evidence.likeness_computed,
-            strict=True,
-        ):
-            own = evidence.likeness_copies * self._copies + torch.where(self._computed, computed, measured)
-            likeness = exponent * (coarse - 1.0) + density * spread.square() + own - largest
-            likeness = torch.where(coarse > -0.5, torch.exp(likeness), 0.0)
-            total = total.index_add(1, self._group, likeness)
-        known = total[:, 1:]  # structures of no known group say nothing
-        return known / known.sum(dim=1, keepdim=True)
+        kinds = zip(evidence.likeness_measured, evidence.likeness_computed, strict=True)
+        own = torch.stack([torch.as_tensor(log) for pair in kinds for log in pair])
+        total = (torch.exp(own)[:, None, None] * likeness.flatten(0, 1)).sum(0)
+        total = (total + torch.exp(torch.as_tensor(evidence.floor))) * torch.exp(-largest)
+        total = total.scatter_add(1, self._group[row], torch.exp(log - largest))[
+            :, 1:
+        ]  # 0: of no known group
+        return total / total.sum(dim=1, keepdim=True)
 
     @functools.cached_property
     def _coarse(self) -> _Coarse:
@@ -493,18 +516,21 @@ class _Coarse:
             amplitude: (n_scans, n_points) intensity on the axis.
             span: (n_scans, 2) measured points.
         """
-        area = amplitude * torch.from_numpy(np.tan(_THETA)).float()  # of d 2theta = 2 tan theta d ln q
+        area = amplitude * _ANGLE_WEIGHT
         short = _N_BINS * _BIN_POINTS - _N_POINTS
         scans = _in_bins(torch.nn.functional.pad(area, (0, short)).view(-1, _N_BINS, _BIN_POINTS).sum(2))
-        best = None
-        for shift in _SHIFTS:
-            moved = torch.roll(scans, shift, 1)
-            if shift > 0:
-                moved[:, :shift] = 0.0
-            elif shift < 0:
-                moved[:, shift:] = 0.0
-            product = moved @ self.amplitude.T
-            best = product if best is None else torch.maximum(best, product)
+        n_scans = len(scans)
+        moved = torch.zeros(len(_SHIFTS), n_scans, _N_BINS)
+        for row, shift in zip(moved, _SHIFTS, strict=True):
+            row[:, max(shift, 0) : _N_BINS + min(shift, 0)] = scans[
+                :, max(-shift, 0) : _N_BINS - max(shift, 0)
+            ]
+        best = torch.empty(n_scans, len(self.amplitude))
+        begin = 0
+        for block in self.amplitude.split(_STRUCTURES_IN_CACHE):
+            products = (moved.view(-1, _N_BINS) @ block.T).view(len(_SHIFTS), n_scans, -1)
+            torch.amax(products, dim=0, out=best[:, begin : begin + len(block)])
+            begin += len(block)
         first, end = (span[:, 0] // _BIN_POINTS).long(), (-(-span[:, 1] // _BIN_POINTS)).long()
         total, square = ((sums[end] - sums[first]).clamp(min=1e-6) for sums in (self._sum, self._square_sum))
         own = scans.square().sum(1, keepdim=True).clamp(min=1e-12)
@@ -513,26 +539,16 @@ class _Coarse:
         return cosine, spread - torch.log(total.square() / square)
 
 
-_THETA = np.arcsin(np.exp(_LOG_Q_MIN + _STEP * np.arange(_N_POINTS)) * (0.5 * KA1_WAVELENGTH))
-_PLACE = (2.0 * np.degrees(_THETA) - GRID.two_theta_min) / GRID.two_theta_step  # of the axis' points on GRID
-
-
 def _on_axis(intensity: Tensor, measured: Tensor) -> tuple[Tensor, Tensor]:
     """Patterns of GRID on the axis of ln q, (n_scans, n_points), and which of its points were measured."""
-    place = torch.from_numpy(_PLACE)
-    left = place.long().clamp(max=GRID.n_points - 2)
-    share = (place - left).float()
+    left = _PLACE.long().clamp(max=GRID.n_points - 2)
+    share = (_PLACE - left).float()
     on_axis = torch.lerp(intensity[:, left], intensity[:, left + 1], share.expand(len(intensity), -1))
     first, end = measured.T.double().contiguous()
-    ends = [torch.searchsorted(place, first), torch.searchsorted(place, end - 1.0, right=True)]
+    ends = [torch.searchsorted(_PLACE, first), torch.searchsorted(_PLACE, end - 1.0, right=True)]
     span = torch.stack(ends, dim=1).int()
     span[measured[:, 0] >= measured[:, 1]] = 0
     return on_axis, span
-
-
-def _angle_weight() -> Tensor:
-    """Of a point of the axis, so that sums are over 2theta."""
-    return torch.from_numpy(np.tan(_THETA)).float()
 
 
 def _in_bins(intensity: Tensor) -> Tensor:
