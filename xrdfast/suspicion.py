@@ -17,8 +17,8 @@ from xrdfast.posterior import Calibration, JointPosterior
 _PATCH = 10  # points, as the encoder's
 # Of simulated laboratory scans 99 % have crests below the first, of amorphous halos 99 % above the second.
 _CREST_CRYSTAL, _CREST_HALO = 0.21, 0.24
-# Constant, and weights of entropy, ln active share and ln crest: logistic regression on 2,000 simulated laboratory scans
-# of one phase against as many mixtures of two, folds 1 and 2 of inorganic_mp and amcsd, with `small` after 10 epochs
+# Constant, and weights of entropy, ln active share and ln crest: logistic regression on 2,000 simulated laboratory
+# scans of one phase against as many mixtures of two, folds 1 and 2 of inorganic_mp and amcsd, `small` after 10 epochs
 # and no calibration (`benchmarks.honesty --fit`). On fold 0, seen by neither, the AUROC is 0.82.
 SEVERAL_WEIGHTS = (-3.321, 0.574, 1.271, -1.253)
 
