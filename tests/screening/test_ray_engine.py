@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 
 import pyarrow.parquet as pq
@@ -22,7 +23,10 @@ def cluster():
         warnings.simplefilter("ignore")
         ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)  # two readers and the model
     yield
-    ray.shutdown()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ray.shutdown()
+        gc.collect()  # Ray's processes, still open: here, not in a test to come
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own: sockets and processes that it closes later
