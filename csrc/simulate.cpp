@@ -12,14 +12,14 @@
 
 #include <algorithm>
 
+#include "block_math.h"
 #include "reciprocal_cell.h"
 #include "reflection_math.h"
 
 namespace xrdfast {
 namespace {
 
-constexpr int kLanes = 8;
-typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double)), aligned(8), may_alias));
+constexpr int kLanes = 8;  // l of a block: a vector of AVX-512, two of AVX2
 
 struct Row {
     int32_t h, k;             // in the internal axis order
@@ -108,53 +108,54 @@ XRDFAST_CLONES void damp(int64_t n, const double* __restrict g2, double b_iso, d
     for (int64_t i = 0; i < n; ++i) f[i] *= exp_nonpositive(-0.25 * b_iso * g2[i]);
 }
 
-XRDFAST_INLINE Lanes load(const double* p) {
-    Lanes v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
+// Sums over atoms of P.re Z.re, P.im Z.im, P.re Z.im, P.im Z.re for |l| in blocks [first, last] of eight: two vectors
+// side by side, of one block or of two.
+struct RowSums {
+    int64_t n_atoms;
+    int first, last;
+    const double* z;  // (n_blocks, n_atoms, 2, kLanes)
+    const double* p;  // (n_atoms, 2)
+    double* sums;     // (n_blocks, 4, kLanes)
 
-// Sums over atoms of P.re Z.re, P.im Z.im, P.re Z.im, P.im Z.re for |l| in blocks [first, last] of eight.
-// z: (n_blocks, n_atoms, 2, kLanes); p: (n_atoms, 2); sums: (n_blocks, 4, kLanes).
-XRDFAST_CLONES void row_sums(int64_t n_atoms, int first, int last, const double* __restrict z,
-                             const double* __restrict p, double* __restrict sums) {
-    int block = first;
-    for (; block + 1 <= last; block += 2) {
-        const double* z0 = z + block * n_atoms * 2 * kLanes;
-        const double* z1 = z0 + n_atoms * 2 * kLanes;
-        Lanes rr0{}, ii0{}, ri0{}, ir0{}, rr1{}, ii1{}, ri1{}, ir1{};
+    template <int kBytes>
+    XRDFAST_INLINE void run() const {
+        using S = Simd<double, kBytes>;
+        static_assert(kLanes % S::kLanes == 0, "a vector lies in one block");
+        int lane = first * kLanes;
+        const int end = (last + 1) * kLanes;
+        for (; lane + S::kBlock <= end; lane += S::kBlock) add<S, 2>(lane);
+        if (lane < end) add<S, 1>(lane);
+    }
+
+    template <class S, int kVectors>
+    XRDFAST_INLINE void add(int lane) const {
+        using V = typename S::Vector;
+        const double* from[kVectors];
+        double* to[kVectors];
+        V rr[kVectors] = {}, ii[kVectors] = {}, ri[kVectors] = {}, ir[kVectors] = {};
+        for (int v = 0; v < kVectors; ++v, lane += S::kLanes) {
+            from[v] = z + lane / kLanes * n_atoms * 2 * kLanes + lane % kLanes;
+            to[v] = sums + lane / kLanes * 4 * kLanes + lane % kLanes;
+        }
         for (int64_t j = 0; j < n_atoms; ++j) {
             const double pr = p[2 * j], pi = p[2 * j + 1];
-            const Lanes zr0 = load(z0 + j * 2 * kLanes), zi0 = load(z0 + j * 2 * kLanes + kLanes);
-            const Lanes zr1 = load(z1 + j * 2 * kLanes), zi1 = load(z1 + j * 2 * kLanes + kLanes);
-            rr0 += zr0 * pr;
-            ii0 += zi0 * pi;
-            ri0 += zi0 * pr;
-            ir0 += zr0 * pi;
-            rr1 += zr1 * pr;
-            ii1 += zi1 * pi;
-            ri1 += zi1 * pr;
-            ir1 += zr1 * pi;
+#pragma GCC unroll 2
+            for (int v = 0; v < kVectors; ++v) {
+                const V zr = load<V>(from[v] + j * 2 * kLanes), zi = load<V>(from[v] + j * 2 * kLanes + kLanes);
+                rr[v] += zr * pr;
+                ii[v] += zi * pi;
+                ri[v] += zi * pr;
+                ir[v] += zr * pi;
+            }
         }
-        Lanes* out = reinterpret_cast<Lanes*>(sums + block * 4 * kLanes);
-        out[0] = rr0, out[1] = ii0, out[2] = ri0, out[3] = ir0;
-        out[4] = rr1, out[5] = ii1, out[6] = ri1, out[7] = ir1;
-    }
-    if (block <= last) {
-        const double* z0 = z + block * n_atoms * 2 * kLanes;
-        Lanes rr{}, ii{}, ri{}, ir{};
-        for (int64_t j = 0; j < n_atoms; ++j) {
-            const double pr = p[2 * j], pi = p[2 * j + 1];
-            const Lanes zr = load(z0 + j * 2 * kLanes), zi = load(z0 + j * 2 * kLanes + kLanes);
-            rr += zr * pr;
-            ii += zi * pi;
-            ri += zi * pr;
-            ir += zr * pi;
+        for (int v = 0; v < kVectors; ++v) {
+            store(to[v], rr[v]);
+            store(to[v] + kLanes, ii[v]);
+            store(to[v] + 2 * kLanes, ri[v]);
+            store(to[v] + 3 * kLanes, ir[v]);
         }
-        Lanes* out = reinterpret_cast<Lanes*>(sums + block * 4 * kLanes);
-        out[0] = rr, out[1] = ii, out[2] = ri, out[3] = ir;
     }
-}
+};
 
 XRDFAST_CLONES void row_prefactors(int64_t n, const double* __restrict xr, const double* __restrict xi,
                                    const double* __restrict yr, const double* __restrict yi, double sign,
@@ -347,8 +348,8 @@ class Simulator {
                            ws.y_im.data() + k * n, row.k < 0 ? -1.0 : 1.0, ws.p.data());
             const int low = std::abs(row.l_begin), high = std::abs(row.l_last);
             const bool crosses = row.l_begin <= 0 && row.l_last >= 0;
-            row_sums(n, (crosses ? 0 : std::min(low, high)) / kLanes, std::max(low, high) / kLanes, ws.z.data(),
-                     ws.p.data(), ws.sums.data());
+            run_best(RowSums{n, (crosses ? 0 : std::min(low, high)) / kLanes, std::max(low, high) / kLanes,
+                             ws.z.data(), ws.p.data(), ws.sums.data()});
             accumulate_row(row, ws.sums.data(), ws.line_of.data(), ws.line_f.data(), ws.re.data(), ws.im.data());
             if (batch_.dispersion)
                 accumulate_row(row, ws.sums.data(), ws.line_of.data(), ws.line_f2.data(), ws.re2.data(),
