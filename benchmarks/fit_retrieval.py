@@ -176,7 +176,7 @@ def main() -> None:
         return loss
 
     optimiser.step(cost)
-    print(f"half the negative log-likelihoods' sum: {float(cost()):.4f}")
+    print(f"half the negative log-likelihoods' sum: {float(cost().detach()):.4f}")
     for name, part in zip(FITTED, values.detach().split(sizes), strict=True):
         print(f"    {name} = {[round(x, 2) for x in part.tolist()]}")
 

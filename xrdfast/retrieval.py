@@ -108,18 +108,18 @@ class Evidence:
     """
 
     knots: tuple[float, ...] = (0.0, 0.6, 0.75, 0.85, 0.93)
-    slopes: tuple[float, ...] = (10.05, 16.06, -8.95, 17.47, 12.02)
-    strain: float = -0.27
-    distortion: float = -0.42
-    density: float = -0.42
-    copies: float = -0.21
-    computed: float = -1.58
+    slopes: tuple[float, ...] = (12.61, 10.63, -5.13, 15.19, 7.4)
+    strain: float = -0.24
+    distortion: float = -0.36
+    density: float = -0.17
+    copies: float = -0.37
+    computed: float = -1.78
     likeness: tuple[float, ...] = (6.0, 6.0)
     likeness_density: tuple[float, ...] = (0.0, -3.125)
     likeness_copies: float = -0.7
-    likeness_measured: tuple[float, ...] = (-2.7, 1.0)
-    likeness_computed: tuple[float, ...] = (-0.5, -0.2)
-    floor: float = 0.5
+    likeness_measured: tuple[float, ...] = (-0.85, 2.05)
+    likeness_computed: tuple[float, ...] = (0.54, 1.4)
+    floor: float = 1.72
 
 
 class Matches(NamedTuple):
