@@ -77,7 +77,7 @@ def test_what_a_page_holds(screened, tmp_path):
     assert len(packed(page, "thumbnails")) == 9 * 200
     assert len(content["patterns"]) == 9  # read again, from files and archive
     drawn = content["patterns"]["0"]
-    assert len(drawn["high"]) == len(drawn["background"]) == 1500 and 5 <= len(drawn["peaks"]) <= 8
+    assert len(drawn["high"]) == len(drawn["background"]) == 1500 and 5 <= len(drawn["peaks"]) <= 10
     assert [failure["id"] for failure in content["failures"]] == sorted(f["id"] for f in content["failures"])
     assert HOSTILE in " ".join(rows["scan_id"])
     assert (
@@ -229,9 +229,13 @@ def test_ten_thousand_rows_stay_quick(browser, many, tmp_path):
     )
     assert took < 500.0
     page.evaluate("document.getElementById('body').scrollTop = 40 * 5000")
-    page.wait_for_function(
-        "document.querySelector('.row') && +document.getElementById('window').style.top.slice(0, -2) > 1e5"
-    )
+    # Polled from here: the page's own policy forbids the evaluation of text, which waiting inside it would need.
+    scrolled = "document.querySelector('.row') && +document.getElementById('window').style.top.slice(0, -2) > 1e5"
+    for _ in range(100):
+        if page.evaluate(scrolled):
+            break
+        page.wait_for_timeout(50)
+    assert page.evaluate(scrolled)
     assert len(page.query_selector_all(".row")) < 40
     page.click(".row >> nth=8")
     assert "stored thumbnail" in page.inner_text("#caption") and wrong == []
