@@ -348,7 +348,7 @@ def test_bad_stores_and_models(tmp_path, model, tiny_presets):
     assert "format: must be xrdfast-model" in refuse("evaluate", store, store)
     assert "must be readable" in refuse("evaluate", model, tmp_path / "none.store.safetensors")
     assert "--folds: must be" in refuse("evaluate", model, store, "--folds", "x")
-    assert "model: must be" in refuse("predict", sticks, "--model", tmp_path / "none")
+    assert "none: file: must be readable" in refuse("predict", sticks, "--model", tmp_path / "none")
     other = tmp_path / "other.safetensors"
     card = ModelCard("plain_cnn", CARD.wavelength, CARD.grid)
     save_model(other, build_model("small"), card)  # the weights of another preset
