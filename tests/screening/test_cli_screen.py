@@ -96,7 +96,10 @@ def test_refusals(model, tmp_path):
     folder = write_folder(tmp_path / "scans", 1)
     for arguments, message in (
         ((folder, "-o", tmp_path / "out.csv"), "must end in .parquet"),
-        ((folder, "-o", tmp_path / "out.parquet", "--model", tmp_path / "none"), "none: file: must be readable"),
+        (
+            (folder, "-o", tmp_path / "out.parquet", "--model", tmp_path / "none"),
+            "none: file: must be readable",
+        ),
         ((folder, "-o", tmp_path / "none" / "out.parquet", "--model", model), "must be writable"),
         ((folder, "-o", tmp_path / "out.parquet", "--model", model, "--watch", "--engine", "ray"), "--watch"),
     ):

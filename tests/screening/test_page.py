@@ -230,7 +230,9 @@ def test_ten_thousand_rows_stay_quick(browser, many, tmp_path):
     assert took < 500.0
     page.evaluate("document.getElementById('body').scrollTop = 40 * 5000")
     # Polled from here: the page's own policy forbids the evaluation of text, which waiting inside it would need.
-    scrolled = "document.querySelector('.row') && +document.getElementById('window').style.top.slice(0, -2) > 1e5"
+    scrolled = (
+        "document.querySelector('.row') && +document.getElementById('window').style.top.slice(0, -2) > 1e5"
+    )
     for _ in range(100):
         if page.evaluate(scrolled):
             break
