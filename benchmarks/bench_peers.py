@@ -6,7 +6,6 @@ A peer that isn't installed is skipped. Rows are reported, not judged; the bars 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 
 from benchmarks.aflow_sample import aflow_sample
 from benchmarks.bench_dsr_loss import eager_loss, our_loss, random_batch, step
-from benchmarks.paired import paired
+from benchmarks.paired import paired, paired_loops
 from xrdfast.data.structures import from_pymatgen
 from xrdfast.ops.simulate import simulate_lines
 from xrdfast.training.balance import min_norm_weights
@@ -82,17 +81,14 @@ def test_simulators(benchmark, row, threads, tmp_path: Path, peer: Callable, pac
     threads(1)
     packed = [from_pymatgen([structure]) for structure in aflow_sample()]
     simulate = peer(tmp_path)
-    pairs = [
-        paired(lambda one=one: simulate_lines(one), lambda i=i: simulate(i), rounds=3)
-        for i, one in enumerate(packed)
-    ]
-    benchmark.pedantic(lambda: [simulate_lines(one) for one in packed], rounds=5)
-    ours, rival = (
-        1.0 / statistics.median(times) for times in zip(*((p.ours, p.rival) for p in pairs), strict=True)
+    pair = paired_loops(
+        [lambda one=one: simulate_lines(one) for one in packed],
+        [lambda i=i: simulate(i) for i in range(len(packed))],
     )
+    benchmark.pedantic(lambda: [simulate_lines(one) for one in packed], rounds=5)
     row(
         f"simulate beside {peer.__name__.replace('_', ' ')}, one structure a call, one core, median of 100 prototypes",
-        f"{ours / rival:.1f} × ({ours:,.0f} against {rival:,.0f} patterns/s)",
+        f"{pair.ratio:.1f} × ({1 / pair.ours:,.0f} against {1 / pair.rival:,.0f} patterns/s)",
         "reported",
         True,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 
@@ -33,3 +33,21 @@ def paired(ours: Callable[[], object], rival: Callable[[], object], rounds: int 
         statistics.median(t for _, t in times),
         statistics.median(r / o for o, r in times),
     )
+
+
+def paired_loops(
+    ours: Sequence[Callable[[], object]], rival: Sequence[Callable[[], object]], rounds: int = 3
+) -> Paired:
+    """Many short calls, each program looping over all of its own in turn, as it is used; medians over the calls.
+
+    Calls of microseconds between a rival's of milliseconds would find the rival's data in the caches, not their own.
+    """
+    for call in (*ours, *rival):
+        call()
+    times = [([seconds(call) for call in ours], [seconds(call) for call in rival]) for _ in range(rounds)]
+    medians = [
+        [statistics.median(of_call) for of_call in zip(*(turn[side] for turn in times), strict=True)]
+        for side in (0, 1)
+    ]
+    one, other = (statistics.median(side) for side in medians)
+    return Paired(one, other, other / one)
