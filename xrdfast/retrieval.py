@@ -64,9 +64,7 @@ _BIN_POINTS = 16
 _N_BINS = _N_POINTS // _BIN_POINTS + 1
 _SPLIT_SIGMA, _BIN_SIGMA = 0.7, 0.8  # bins: of intensity before the square root, of amplitude after it
 _SHIFTS = range(-6, 7)
-# Of a network's answer and of this one: for the weights that ship, fitted on the even copy groups of exp_rruff
-# (`benchmarks.measured_scans`).
-POOL_EXPONENTS = (0.2, 0.9)
+POOL_EXPONENTS = (0.2, 0.9)  # of the shipped network's answer and of this one; fitted by benchmarks.measured_scans
 N_CANDIDATES = 100  # go on to the fine comparison
 _SCANS_AT_ONCE = 32
 _STRUCTURES_AT_ONCE = 4000
