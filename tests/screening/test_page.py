@@ -175,6 +175,15 @@ def opened(browser, path: Path):
     return page, wrong
 
 
+def wait_until(page, expression: str) -> None:
+    """Polls from here: the page's own policy forbids the evaluation of text, which waiting inside it would need."""
+    for _ in range(100):
+        if page.evaluate(expression):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(expression)
+
+
 @pytest.mark.browser
 @pytest.mark.filterwarnings("ignore")  # playwright's own: its event loop at the end
 def test_in_a_browser(browser, screened, tmp_path):
@@ -210,7 +219,7 @@ def test_in_a_browser(browser, screened, tmp_path):
     assert picture.stat().st_size > 20_000
     page.keyboard.press("Escape")
     page.click("text=Clear")
-    page.wait_for_function("document.getElementById('count').textContent === '9 of 9'")
+    wait_until(page, "document.getElementById('count').textContent === '9 of 9'")
     page.check("#assumed")
     assert page.inner_text("#count") == "8 of 9"
     assert len(page.query_selector_all("#failed tbody tr")) == 2
@@ -229,15 +238,10 @@ def test_ten_thousand_rows_stay_quick(browser, many, tmp_path):
     )
     assert took < 500.0
     page.evaluate("document.getElementById('body').scrollTop = 40 * 5000")
-    # Polled from here: the page's own policy forbids the evaluation of text, which waiting inside it would need.
-    scrolled = (
-        "document.querySelector('.row') && +document.getElementById('window').style.top.slice(0, -2) > 1e5"
+    wait_until(
+        page,
+        "document.querySelector('.row') && +document.getElementById('window').style.top.slice(0, -2) > 1e5",
     )
-    for _ in range(100):
-        if page.evaluate(scrolled):
-            break
-        page.wait_for_timeout(50)
-    assert page.evaluate(scrolled)
     assert len(page.query_selector_all(".row")) < 40
     page.click(".row >> nth=8")
     assert "stored thumbnail" in page.inner_text("#caption") and wrong == []
