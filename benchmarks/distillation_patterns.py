@@ -1,9 +1,10 @@
 """What self-distillation does for the `small` preset on real structures: baseline, DRG, DSR, both; sum and MGDA.
 
-    python -m benchmarks.distillation_patterns inorganic_mp.store.safetensors amcsd.store.safetensors -o distillation
+    python -m benchmarks.distillation_patterns inorganic_mp.store.safetensors amcsd.store.safetensors \\
+        -o benchmarks/results/distillation_patterns.json --runs distillation
 
-Every run has as many epochs, seeds pair (same initial weights, batches and augmentation), fold 0 validates. Runs that
-are there already are not repeated, stopped ones go on. Not a test of speed, though seconds a step are told.
+Every run has as many epochs, seeds pair (same initial weights, batches and augmentation), fold 0 validates. Runs
+already in the results file are not repeated, stopped ones go on. Not a test of speed, though the time of a step is told.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ VARIANTS: dict[str, dict[str, bool]] = {
 
 def run(
     folder: Path, stores: list[str], variant: str, balance: str, objective: str, seed: int, epochs: int
-) -> None:
-    """Trains one run to its end, or goes on with it."""
+) -> dict[str, float]:
+    """Trains one run to its end, or goes on with it; what was measured of it."""
     settings: dict[str, Any] = {
         "train.epochs": epochs,
         "train.max_minutes": 0.0,
@@ -51,6 +52,7 @@ def run(
     result = Trainer(config, folder, resume=True).run()
     if result.status == "interrupted":
         raise SystemExit(f"interrupted; the same command goes on with {folder}")
+    return measured(folder)
 
 
 def measured(folder: Path) -> dict[str, float]:
@@ -72,19 +74,26 @@ def measured(folder: Path) -> dict[str, float]:
     }
 
 
-def table(runs: dict[tuple[str, str], list[dict[str, float]]]) -> str:
-    """Means over seeds; for top-1, the paired difference from the baseline of the same balance and its error."""
-    names = list(next(iter(runs.values()))[0])
+def table(runs: dict[str, dict[str, float]]) -> str:
+    """Means over seeds; for top-1, the paired difference from the baseline of the same balance and its error.
+
+    Args:
+        runs: what was measured, by "balance/variant/seed". A variant's seeds are those its baseline has too.
+    """
+    names = list(next(iter(runs.values())))
     lines = [
-        f"| balance | variant | {' | '.join(names)} | top-1 above the baseline |",
-        "|---" * (len(names) + 3) + "|",
+        f"| balance | variant | seeds | {' | '.join(names)} | top-1 above the baseline |",
+        "|---" * (len(names) + 4) + "|",
     ]
-    for (balance, variant), seeds in runs.items():
-        means = " | ".join(f"{statistics.mean(seed[name] for seed in seeds):.2f}" for name in names)
-        pairs = [x["top-1"] - y["top-1"] for x, y in zip(seeds, runs[balance, "baseline"], strict=True)]
+    for balance, variant in dict.fromkeys(tuple(key.split("/")[:2]) for key in sorted(runs)):
+        seeds = [key.split("/")[2] for key in runs if key.startswith(f"{balance}/{variant}/")]
+        found = {seed: runs[f"{balance}/{variant}/{seed}"] for seed in seeds}
+        means = " | ".join(f"{statistics.mean(run[name] for run in found.values()):.2f}" for name in names)
+        base = {seed: runs[key] for seed in seeds if (key := f"{balance}/baseline/{seed}") in runs}
+        pairs = [found[seed]["top-1"] - run["top-1"] for seed, run in base.items()]
         error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.nan
-        gain = "" if variant == "baseline" else f"{statistics.mean(pairs):+.2f} ± {error:.2f}"
-        lines.append(f"| {balance} | {variant} | {means} | {gain} |")
+        gain = "" if variant == "baseline" or not pairs else f"{statistics.mean(pairs):+.2f} ± {error:.2f}"
+        lines.append(f"| {balance} | {variant} | {len(found)} | {means} | {gain} |")
     return "\n".join(lines)
 
 
@@ -92,23 +101,25 @@ def main() -> None:
     """Runs what is missing, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stores", nargs="+")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the runs")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="JSON of all runs; continued where it exists"
+    )
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs in work")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--balances", nargs="+", choices=METHODS, default=["sum", "mgda"])
     parser.add_argument("--objective", choices=OBJECTIVES, default="tasks")
     given = parser.parse_args()
-    variants = ["baseline", *(v for v in given.variants if v != "baseline")]
-    runs = {}
-    for balance, variant in itertools.product(given.balances, variants):
-        folders = [
-            given.output / f"{balance}-{given.objective}-{variant.replace(' + ', '-')}-{seed}"
-            for seed in range(given.seeds)
-        ]
-        for seed, folder in enumerate(folders):
-            run(folder, given.stores, variant, balance, given.objective, seed, given.epochs)
-        runs[balance, variant] = [measured(folder) for folder in folders]
+    runs = json.loads(given.output.read_text()) if given.output.exists() else {}
+    for seed, balance, variant in itertools.product(range(given.seeds), given.balances, given.variants):
+        name = variant if given.objective == "tasks" else f"{variant}, {given.objective} objective"
+        key = f"{balance}/{name}/{seed}"
+        if key in runs:
+            continue
+        folder = given.runs / key.replace("/", "-").replace(" ", "")
+        runs[key] = run(folder, given.stores, variant, balance, given.objective, seed, given.epochs)
+        given.output.write_text(json.dumps(runs, indent=1) + "\n")
     print(table(runs))
 
 

@@ -1,6 +1,7 @@
 """LightSKD's own experiment: CIFAR-100 images, a baseline against DRG, DSR and both, from the same initial weights.
 
-    python -m benchmarks.lightskd_images ../shared/data/cifar100_train20k.npz -o results.json
+    python -m benchmarks.lightskd_images ../shared/data/cifar100_train20k.npz \\
+        -o benchmarks/results/lightskd_images.json
 
 On a GPU a ResNet18 with a 3 x 3 stem, else a ResNet-8 (16, 32, 64 channels). The last 2,000 images are for validation.
 Runs already in the results file are not repeated, so that a stopped experiment goes on. Not a test of speed.
@@ -127,7 +128,7 @@ def train(
     build, n_epochs, milestones = recipe(device, long)
     n_epochs = epochs or n_epochs
     torch.manual_seed(seed)
-    model = build().to(device).train()
+    model = build().to(device, memory_format=torch.channels_last).train()
     drg, dsr = VARIANTS[variant]
     wrapped = None
     if drg or dsr:
@@ -180,7 +181,7 @@ def read(path: Path, device: torch.device) -> dict[str, Tensor]:
     """Normalised images (20000, 3, 32, 32) and labels."""
     with np.load(path, allow_pickle=False) as file:
         image, label = file["image"], file["fine_label"]
-    scaled = torch.from_numpy(image).to(device).permute(0, 3, 1, 2).float() / 255.0
+    scaled = torch.from_numpy(image).to(device).permute(0, 3, 1, 2).float() / 255.0  # channels last, as they lie
     mean, deviation = (torch.tensor(x, device=device)[:, None, None] for x in (MEAN, DEVIATION))
     return {"image": (scaled - mean) / deviation, "label": torch.from_numpy(label).long().to(device)}
 
@@ -229,7 +230,7 @@ def main() -> None:
             if key in runs:
                 continue
             runs[key] = train(data, variant, seed, device, long=arguments.long, epochs=arguments.epochs)
-            arguments.output.write_text(json.dumps(runs, indent=1))
+            arguments.output.write_text(json.dumps(runs, indent=1) + "\n")
             print(f"{key}: top-1 {runs[key]['top1']:.2f}, {runs[key]['seconds']:.0f} s", flush=True)
     print(table(runs))
 
