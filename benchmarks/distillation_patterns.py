@@ -1,10 +1,10 @@
-"""What self-distillation does for the `small` preset on real structures: baseline, DRG, DSR, both; sum and MGDA.
+r"""What self-distillation does for the `small` preset on real structures: baseline, DRG, DSR, both; sum and MGDA.
 
-    python -m benchmarks.distillation_patterns inorganic_mp.store.safetensors amcsd.store.safetensors \\
+    python -m benchmarks.distillation_patterns inorganic_mp.store.safetensors amcsd.store.safetensors \
         -o benchmarks/results/distillation_patterns.json --runs distillation
 
 Every run has as many epochs, seeds pair (same initial weights, batches and augmentation), fold 0 validates. Runs
-already in the results file are not repeated, stopped ones go on. Not a test of speed, though the time of a step is told.
+already in the results file are not repeated, stopped ones go on. Not a test of speed, though a step is timed.
 """
 
 from __future__ import annotations

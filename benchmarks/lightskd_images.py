@@ -1,6 +1,6 @@
-"""LightSKD's own experiment: CIFAR-100 images, a baseline against DRG, DSR and both, from the same initial weights.
+r"""LightSKD's own experiment: CIFAR-100 images, a baseline against DRG, DSR and both, from the same initial weights.
 
-    python -m benchmarks.lightskd_images ../shared/data/cifar100_train20k.npz \\
+    python -m benchmarks.lightskd_images ../shared/data/cifar100_train20k.npz \
         -o benchmarks/results/lightskd_images.json
 
 On a GPU a ResNet18 with a 3 x 3 stem, else a ResNet-8 (16, 32, 64 channels). The last 2,000 images are for validation.
@@ -181,7 +181,9 @@ def read(path: Path, device: torch.device) -> dict[str, Tensor]:
     """Normalised images (20000, 3, 32, 32) and labels."""
     with np.load(path, allow_pickle=False) as file:
         image, label = file["image"], file["fine_label"]
-    scaled = torch.from_numpy(image).to(device).permute(0, 3, 1, 2).float() / 255.0  # channels last, as they lie
+    scaled = (
+        torch.from_numpy(image).to(device).permute(0, 3, 1, 2).float() / 255.0
+    )  # channels last, as they lie
     mean, deviation = (torch.tensor(x, device=device)[:, None, None] for x in (MEAN, DEVIATION))
     return {"image": (scaled - mean) / deviation, "label": torch.from_numpy(label).long().to(device)}
 
