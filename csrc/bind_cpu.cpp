@@ -210,25 +210,29 @@ PYBIND11_MODULE(_cpu, m) {
         for (int64_t i = 1; i < n; ++i) rising &= value[i] >= value[i - 1];
         return rising;
     });
-    m.def(
-        "reflection_capacity",
-        [](uintptr_t lattice, int64_t n_structures, double g_max, uintptr_t capacity_offset) {
-            return reflection_capacity_cpu(at<const double>(lattice), n_structures, g_max, at<int64_t>(capacity_offset));
-        },
-        py::call_guard<py::gil_scoped_release>());
+    py::class_<Simulated<MergedLine>>(m, "SimulatedLines")
+        .def_readonly("n_rows", &Simulated<MergedLine>::n_rows)
+        .def("write", [](const Simulated<MergedLine>& found, uintptr_t offset, uintptr_t two_theta, uintptr_t intensity,
+                         uintptr_t d_spacing, uintptr_t hkl, uintptr_t status, int n_threads) {
+            write_rows(found, {at<int64_t>(offset), at<double>(two_theta), at<double>(intensity),
+                               at<double>(d_spacing), at<int16_t>(hkl), at<int32_t>(status)}, n_threads);
+        });
+    py::class_<Simulated<ReflectionFamily>>(m, "SimulatedFamilies")
+        .def_readonly("n_rows", &Simulated<ReflectionFamily>::n_rows)
+        .def("write", [](const Simulated<ReflectionFamily>& found, uintptr_t offset, uintptr_t hkl, uintptr_t multiplicity,
+                         uintptr_t f_squared, uintptr_t status, int n_threads) {
+            write_rows(found, {at<int64_t>(offset), at<int16_t>(hkl), at<int16_t>(multiplicity), at<float>(f_squared),
+                               at<int32_t>(status)}, n_threads);
+        });
     m.def(
         "simulate_lines",
         [](uintptr_t atom_offset, uintptr_t lattice, uintptr_t atomic_number, uintptr_t fractional,
            uintptr_t occupancy, uintptr_t b_iso, uintptr_t form_factor, uintptr_t dispersion, int64_t n_structures,
-           int64_t n_elements, bool mott_bethe, double wavelength, double g_min, double g_max,
-           uintptr_t capacity_offset, uintptr_t offset, uintptr_t two_theta, uintptr_t intensity, uintptr_t d_spacing,
-           uintptr_t hkl, uintptr_t status, int n_threads) {
+           int64_t n_elements, bool mott_bethe, double wavelength, double g_min, double g_max, int n_threads) {
             return simulate_lines_cpu(structures(atom_offset, lattice, atomic_number, fractional, occupancy, b_iso,
-                                          form_factor, dispersion, n_structures, n_elements, mott_bethe, wavelength,
-                                          g_min, g_max),
-                               {at<const int64_t>(capacity_offset), at<int64_t>(offset), at<double>(two_theta),
-                                at<double>(intensity), at<double>(d_spacing), at<int16_t>(hkl), at<int32_t>(status)},
-                               n_threads);
+                                                 form_factor, dispersion, n_structures, n_elements, mott_bethe,
+                                                 wavelength, g_min, g_max),
+                                      n_threads);
         },
         py::call_guard<py::gil_scoped_release>());
     m.def(
@@ -236,16 +240,11 @@ PYBIND11_MODULE(_cpu, m) {
         [](uintptr_t atom_offset, uintptr_t lattice, uintptr_t atomic_number, uintptr_t fractional,
            uintptr_t occupancy, uintptr_t b_iso, uintptr_t form_factor, uintptr_t dispersion, int64_t n_structures,
            int64_t n_elements, bool mott_bethe, double wavelength, double g_min, double g_max,
-           uintptr_t capacity_offset, uintptr_t rotation_offset, uintptr_t rotations, double relative_cutoff,
-           uintptr_t offset, uintptr_t hkl, uintptr_t multiplicity, uintptr_t f_squared, uintptr_t status,
-           int n_threads) {
+           uintptr_t rotation_offset, uintptr_t rotations, double relative_cutoff, int n_threads) {
             return simulate_families_cpu(
                 structures(atom_offset, lattice, atomic_number, fractional, occupancy, b_iso, form_factor, dispersion,
                            n_structures, n_elements, mott_bethe, wavelength, g_min, g_max),
-                {at<const int64_t>(capacity_offset), at<const int64_t>(rotation_offset), at<const int8_t>(rotations),
-                 relative_cutoff, at<int64_t>(offset), at<int16_t>(hkl), at<int16_t>(multiplicity),
-                 at<float>(f_squared), at<int32_t>(status)},
-                n_threads);
+                {at<const int64_t>(rotation_offset), at<const int8_t>(rotations), relative_cutoff}, n_threads);
         },
         py::call_guard<py::gil_scoped_release>());
     m.def(

@@ -11,6 +11,8 @@
 #include "simulate.h"
 
 #include <algorithm>
+#include <atomic>
+#include <utility>
 
 #include "block_math.h"
 #include "reciprocal_cell.h"
@@ -371,9 +373,9 @@ bool larger_hkl(const Workspace& ws, uint32_t p, uint32_t q) {
     return false;
 }
 
-// Writes one structure's lines from row `at`, packed; returns how many, or 0 where there is no intensity. A line has
-// the smallest angle of its members and is named by their largest (h, k, l).
-int64_t merge_lines(Workspace& ws, int64_t at, const LinesOutput& out) {
+// Appends one structure's lines, none where there is no intensity. A line has the smallest angle of its members and is
+// named by their largest (h, k, l).
+void merge_lines(Workspace& ws, std::vector<MergedLine>& rows) {
     line_strengths(ws.n, ws.sin2.data(), ws.f_squared.data());
     std::vector<double>& strength = ws.line_f;
     strength.resize(ws.n_lines);  // a structure without atoms has left it as it was
@@ -384,8 +386,7 @@ int64_t merge_lines(Workspace& ws, int64_t at, const LinesOutput& out) {
         strength[line] = sum;
         strongest = sum > strongest ? sum : strongest;
     }
-    if (!(strongest > 0.0) || !std::isfinite(strongest)) return 0;
-    int64_t row = at;
+    if (!(strongest > 0.0) || !std::isfinite(strongest)) return;
     for (int64_t line = 0; line < ws.n_lines; ++line) {
         const double scaled = strength[line] / strongest * 100.0;
         if (!(scaled > kMinScaledIntensity)) continue;
@@ -395,13 +396,11 @@ int64_t merge_lines(Workspace& ws, int64_t at, const LinesOutput& out) {
             if (ws.g2[index] < ws.g2[lowest]) lowest = index;
             if (larger_hkl(ws, index, name)) name = index;
         }
-        out.two_theta[row] = ws.two_theta[lowest];
-        out.intensity[row] = scaled;
-        out.d_spacing[row] = 1.0 / std::sqrt(ws.g2[lowest]);
-        for (int i = 0; i < 3; ++i) out.hkl[3 * row + i] = ws.hkl[i][name];
-        ++row;
+        rows.push_back({ws.two_theta[lowest],
+                        scaled,
+                        1.0 / std::sqrt(ws.g2[lowest]),
+                        {ws.hkl[0][name], ws.hkl[1][name], ws.hkl[2][name]}});
     }
-    return row - at;
 }
 
 // code = largest image of hkl under the group and inversion; orbit = number of distinct images.
@@ -428,9 +427,9 @@ XRDFAST_CLONES void canonical_codes(int64_t n, const int16_t* h, const int16_t* 
     }
 }
 
-// Writes one structure's families from row `at`, in order of angle; returns how many.
-int64_t group_families(Workspace& ws, const int8_t* rotations, int64_t n_rotations, int64_t at,
-                       const FamiliesOutput& out) {
+// Appends one structure's families in order of angle.
+void group_families(Workspace& ws, const int8_t* rotations, int64_t n_rotations, double relative_cutoff,
+                    std::vector<ReflectionFamily>& rows) {
     static const int8_t kIdentity[9] = {1, 0, 0, 0, 1, 0, 0, 0, 1};
     if (n_rotations == 0) rotations = kIdentity, n_rotations = 1;
     const int64_t n = ws.n;
@@ -459,99 +458,103 @@ int64_t group_families(Workspace& ws, const int8_t* rotations, int64_t n_rotatio
         member[n_families++] = first;
         i = j;
     }
-    if (!(strongest > 0.0) || !std::isfinite(strongest)) return 0;
+    if (!(strongest > 0.0) || !std::isfinite(strongest)) return;
     std::vector<uint32_t>& family_key = ws.code;  // read to the end above
     std::vector<uint32_t> codes(n_families);
     for (int64_t f = 0; f < n_families; ++f) codes[f] = ws.code[member[f]];
     for (int64_t f = 0; f < n_families; ++f)
-        family_key[f] = strength[f] > out.relative_cutoff * strongest ? ws.key[member[f]] : kOutsideKey;
+        family_key[f] = strength[f] > relative_cutoff * strongest ? ws.key[member[f]] : kOutsideKey;
     const uint32_t* by_angle = ws.sorter.sort(family_key.data(), n_families);
-    int64_t kept = at;
-    for (int64_t i = 0; i < n_families && family_key[by_angle[i]] != kOutsideKey; ++i, ++kept) {
-        const uint32_t f = by_angle[i];
-        const uint32_t c = codes[f];
-        out.hkl[3 * kept] = static_cast<int16_t>(static_cast<int>(c >> 20) - (kMaxMillerIndex + 1));
-        out.hkl[3 * kept + 1] = static_cast<int16_t>(static_cast<int>((c >> 10) & 1023) - (kMaxMillerIndex + 1));
-        out.hkl[3 * kept + 2] = static_cast<int16_t>(static_cast<int>(c & 1023) - (kMaxMillerIndex + 1));
-        out.multiplicity[kept] = static_cast<int16_t>(2 * n_rotations / ws.orbit[member[f]]);
-        out.f_squared[kept] = static_cast<float>(mean[f]);
+    const auto index = [](uint32_t bits) {
+        return static_cast<int16_t>(static_cast<int>(bits & 1023) - (kMaxMillerIndex + 1));
+    };
+    for (int64_t i = 0; i < n_families && family_key[by_angle[i]] != kOutsideKey; ++i) {
+        const uint32_t f = by_angle[i], c = codes[f];
+        rows.push_back({{index(c >> 20), index(c >> 10), index(c)},
+                        static_cast<int16_t>(2 * n_rotations / ws.orbit[member[f]]),
+                        static_cast<float>(mean[f])});
     }
-    return kept - at;
 }
 
-// Runs `finish(ws, structure, first free row)` for every structure in parallel, each into its own room, then closes
-// the gaps with `move(from, to, rows)`.
-template <typename Finish, typename Move>
-int64_t simulate_all(const StructureBatch& batch, const int64_t* capacity_offset, int64_t* offset, int32_t* status,
-                  int n_threads, Finish finish, Move move) {
+// Runs `finish(ws, structure, rows)`, which appends the structure's rows, for every structure in parallel.
+template <typename Row, typename Finish>
+Simulated<Row> simulate_all(const StructureBatch& batch, int n_threads, Finish finish) {
     const Simulator simulator(batch);
     const int64_t n = batch.n_structures;
-    offset[0] = 0;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(n_threads) if (n > 1 && n_threads > 1)
-    for (int64_t i = 0; i < n; ++i) {
+    const int n_used = static_cast<int>(std::clamp<int64_t>(n, 1, std::max(n_threads, 1)));
+    constexpr size_t kRowsAPiece = 1 << 14;  // larger vectors would come as fresh pages again and again
+    Simulated<Row> found;
+    found.pieces.resize(n_used);
+    found.place.resize(n);
+    found.status.resize(n);
+    std::atomic<int> n_begun{0};
+#pragma omp parallel num_threads(n_used) if (n_used > 1)
+    {
         static thread_local Workspace ws;
-        SimulateStatus code = simulator.reflections(i, ws);
-        int64_t rows = 0;
-        if (code == kSimulated) {
-            rows = finish(ws, i, capacity_offset[i] - capacity_offset[0]);
-            if (rows == 0) code = kNoIntensity;
+        const int thread = n_begun++;
+        std::vector<std::vector<Row>> pieces(1);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < n; ++i) {
+            if (pieces.back().size() >= kRowsAPiece) pieces.emplace_back();
+            std::vector<Row>& rows = pieces.back();
+            const auto begin = static_cast<int64_t>(rows.size());
+            SimulateStatus code = simulator.reflections(i, ws);
+            if (code == kSimulated) finish(ws, i, rows);
+            const auto n_rows = static_cast<int64_t>(rows.size()) - begin;
+            if (code == kSimulated && n_rows == 0) code = kNoIntensity;
+            found.place[i] = {thread, static_cast<int64_t>(pieces.size()) - 1, begin, n_rows};
+            found.status[i] = code;
         }
-        status[i] = code;
-        offset[i + 1] = rows;
+        found.pieces[thread] = std::move(pieces);
     }
-    int64_t at = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        const int64_t rows = offset[i + 1];
-        const int64_t from = capacity_offset[i] - capacity_offset[0];
-        if (rows && at != from) move(from, at, rows);
-        at += rows;
-        offset[i + 1] = at;
-    }
-    return at;
+    for (const auto& place : found.place) found.n_rows += place.rows;
+    return found;
 }
 
-template <typename T>
-void move_rows(T* base, int64_t from, int64_t to, int64_t rows, int64_t width = 1) {
-    std::memmove(base + to * width, base + from * width, static_cast<size_t>(rows * width) * sizeof(T));
+// Writes offset and status, and gives `put(row, at)` every row with its place.
+template <typename Row, typename Put>
+void write_all(const Simulated<Row>& found, int64_t* offset, int32_t* status, int n_threads, Put put) {
+    const auto n = static_cast<int64_t>(found.place.size());
+    offset[0] = 0;
+    for (int64_t i = 0; i < n; ++i) offset[i + 1] = offset[i] + found.place[i].rows;
+    std::copy(found.status.begin(), found.status.end(), status);
+#pragma omp parallel for num_threads(n_threads) if (n > 1 && n_threads > 1)
+    for (int64_t i = 0; i < n; ++i) {
+        const auto& place = found.place[i];
+        const Row* row = found.pieces[place.thread][place.piece].data() + place.begin;
+        for (int64_t j = 0; j < place.rows; ++j) put(row[j], offset[i] + j);
+    }
 }
 
 }  // namespace
 
-int64_t reflection_capacity_cpu(const double* lattice, int64_t n_structures, double g_max, int64_t* capacity_offset) {
-    int64_t total = capacity_offset[0] = 0;
-    for (int64_t i = 0; i < n_structures; ++i) {
-        const ReciprocalCell cell = reciprocal_cell(lattice + 9 * i);
-        if (cell_status(cell, g_max) == kSimulated)
-            for_each_row(cell, g_max + kShellTolerance, [&](int, int, int first, int last) { total += last - first + 1; });
-        capacity_offset[i + 1] = total;
-    }
-    return total;
+Simulated<MergedLine> simulate_lines_cpu(const StructureBatch& batch, int n_threads) {
+    return simulate_all<MergedLine>(batch, n_threads,
+                              [](Workspace& ws, int64_t, std::vector<MergedLine>& rows) { merge_lines(ws, rows); });
 }
 
-int64_t simulate_lines_cpu(const StructureBatch& batch, const LinesOutput& out, int n_threads) {
-    return simulate_all(
-        batch, out.capacity_offset, out.offset, out.status, n_threads,
-        [&](Workspace& ws, int64_t, int64_t at) { return merge_lines(ws, at, out); },
-        [&](int64_t from, int64_t to, int64_t rows) {
-            move_rows(out.two_theta, from, to, rows);
-            move_rows(out.intensity, from, to, rows);
-            move_rows(out.d_spacing, from, to, rows);
-            move_rows(out.hkl, from, to, rows, 3);
-        });
+Simulated<ReflectionFamily> simulate_families_cpu(const StructureBatch& batch, const FamilyRules& rules, int n_threads) {
+    return simulate_all<ReflectionFamily>(batch, n_threads, [&](Workspace& ws, int64_t i, std::vector<ReflectionFamily>& rows) {
+        const int64_t begin = rules.rotation_offset[i], n_rotations = rules.rotation_offset[i + 1] - begin;
+        group_families(ws, rules.rotations + 9 * begin, n_rotations, rules.relative_cutoff, rows);
+    });
 }
 
-int64_t simulate_families_cpu(const StructureBatch& batch, const FamiliesOutput& out, int n_threads) {
-    return simulate_all(
-        batch, out.capacity_offset, out.offset, out.status, n_threads,
-        [&](Workspace& ws, int64_t i, int64_t at) {
-            const int64_t begin = out.rotation_offset[i];
-            return group_families(ws, out.rotations + 9 * begin, out.rotation_offset[i + 1] - begin, at, out);
-        },
-        [&](int64_t from, int64_t to, int64_t rows) {
-            move_rows(out.hkl, from, to, rows, 3);
-            move_rows(out.multiplicity, from, to, rows);
-            move_rows(out.f_squared, from, to, rows);
-        });
+void write_rows(const Simulated<MergedLine>& found, const LinesOutput& out, int n_threads) {
+    write_all(found, out.offset, out.status, n_threads, [&](const MergedLine& line, int64_t at) {
+        out.two_theta[at] = line.two_theta;
+        out.intensity[at] = line.intensity;
+        out.d_spacing[at] = line.d_spacing;
+        std::copy_n(line.hkl, 3, out.hkl + 3 * at);
+    });
+}
+
+void write_rows(const Simulated<ReflectionFamily>& found, const FamiliesOutput& out, int n_threads) {
+    write_all(found, out.offset, out.status, n_threads, [&](const ReflectionFamily& family, int64_t at) {
+        std::copy_n(family.hkl, 3, out.hkl + 3 * at);
+        out.multiplicity[at] = family.multiplicity;
+        out.f_squared[at] = family.f_squared;
+    });
 }
 
 }  // namespace xrdfast

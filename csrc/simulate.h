@@ -2,6 +2,7 @@
 // Plain C++; no torch, no CUDA headers. The Python side (xrdfast/ops/simulate.py) checks and allocates.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 namespace xrdfast {
 
@@ -38,35 +39,61 @@ struct StructureBatch {
     double g_min, g_max;           // limits of 1 / d, 1 / Angstrom, inclusive
 };
 
-struct LinesOutput {
-    const int64_t* capacity_offset;  // (n_structures + 1), reflection_capacity_cpu, or a window on it: room for each structure
-    int64_t* offset;                 // (n_structures + 1), written: lines are packed without gaps from row 0
-    double* two_theta;               // degrees
-    double* intensity;               // strongest line of a structure = 100
-    double* d_spacing;               // Angstrom
-    int16_t* hkl;                    // (rows, 3), the largest member in lexical order
-    int32_t* status;                 // (n_structures), SimulateStatus
+// A merged line; the strongest of a structure has intensity 100. Named by its largest member in lexical order.
+struct MergedLine {
+    double two_theta;  // degrees
+    double intensity;
+    double d_spacing;  // Angstrom
+    int16_t hkl[3];
 };
 
-struct FamiliesOutput {
-    const int64_t* capacity_offset;  // (n_structures + 1)
+struct ReflectionFamily {
+    int16_t hkl[3];        // largest member in lexical order
+    int16_t multiplicity;  // Friedel mates counted
+    float f_squared;       // |F|^2, electrons^2, mean over the members and Friedel mates; no LP
+};
+
+// What a simulation found, as its threads left it, until the caller has made room for exactly so many rows.
+template <typename Row>
+struct Simulated {
+    struct Place {
+        int thread;
+        int64_t piece, begin, rows;
+    };
+    std::vector<std::vector<std::vector<Row>>> pieces;  // of each thread
+    std::vector<Place> place;                           // (n_structures)
+    std::vector<int32_t> status;                        // (n_structures), SimulateStatus
+    int64_t n_rows = 0;
+};
+
+struct FamilyRules {
     const int64_t* rotation_offset;  // (n_structures + 1)
     const int8_t* rotations;         // (n_rotations, 3, 3), hkl' = hkl W; none = identity only
     double relative_cutoff;          // families weaker than this share of the strongest line are left out
-    int64_t* offset;                 // (n_structures + 1), written
-    int16_t* hkl;                    // (rows, 3), largest member in lexical order
-    int16_t* multiplicity;           // Friedel mates counted
-    float* f_squared;                // |F|^2, electrons^2, mean over the members and Friedel mates; no LP
-    int32_t* status;                 // (n_structures)
 };
 
-// Running sum of an upper bound of the number of Friedel-unique reflections of each structure, from 0; a structure that
-// will not be simulated counts 0. Returns the last.
-int64_t reflection_capacity_cpu(const double* lattice, int64_t n_structures, double g_max, int64_t* capacity_offset);
+struct LinesOutput {
+    int64_t* offset;    // (n_structures + 1)
+    double* two_theta;  // (n_rows), as intensity and d_spacing
+    double* intensity;
+    double* d_spacing;
+    int16_t* hkl;     // (n_rows, 3)
+    int32_t* status;  // (n_structures)
+};
 
-// Return the number of rows written; rows beyond it are left undefined.
-int64_t simulate_lines_cpu(const StructureBatch& batch, const LinesOutput& out, int n_threads);
-int64_t simulate_families_cpu(const StructureBatch& batch, const FamiliesOutput& out, int n_threads);
+struct FamiliesOutput {
+    int64_t* offset;        // (n_structures + 1)
+    int16_t* hkl;           // (n_rows, 3)
+    int16_t* multiplicity;  // (n_rows), as f_squared
+    float* f_squared;
+    int32_t* status;        // (n_structures)
+};
+
+Simulated<MergedLine> simulate_lines_cpu(const StructureBatch& batch, int n_threads);
+Simulated<ReflectionFamily> simulate_families_cpu(const StructureBatch& batch, const FamilyRules& rules, int n_threads);
+// Structure by structure, sorted by angle within one.
+void write_rows(const Simulated<MergedLine>& found, const LinesOutput& out, int n_threads);
+void write_rows(const Simulated<ReflectionFamily>& found, const FamiliesOutput& out, int n_threads);
 
 // Reflections on a CUDA device, one of each Friedel pair, structure by structure.
 struct ReflectionList {

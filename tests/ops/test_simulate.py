@@ -194,16 +194,20 @@ def test_origin_shift_and_supercell_change_nothing(backend: str) -> None:
         torch.testing.assert_close(got.intensity, want.intensity, rtol=0, atol=1e-4)
 
 
-def test_large_sets_in_pieces_equal_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    structures = random_structures(30, seed=3)
-    whole_lines, whole_families = simulate_lines(structures), simulate_families(structures)
-    monkeypatch.setattr(simulate, "_ROWS_A_CALL", 700)
-    for want, got in (
-        (whole_lines, simulate_lines(structures)),
-        (whole_families, simulate_families(structures)),
-    ):
-        for a, b in zip(want, got, strict=True):
-            assert torch.equal(a, b)
+def test_the_direct_call_equals_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    structures = random_structures(5, seed=8)
+    direct = simulate_lines(structures)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for a, b in zip(direct, simulate_lines(structures), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_strided_offsets_are_checked_as_they_are_read() -> None:
+    structures = random_structures(2, seed=9)
+    n_atoms = len(structures.atomic_number)
+    spread = torch.tensor([0, 0, n_atoms + 5, 0, n_atoms])[::2]  # 0, n_atoms + 5, n_atoms
+    with pytest.raises(ValueError, match=f"atom_offset must rise from 0 to {n_atoms}"):
+        simulate_lines(dataclasses.replace(structures, offset=spread))
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 3])

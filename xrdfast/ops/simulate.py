@@ -10,7 +10,6 @@ Not for profiles or grids: see `xrdfast.ops.render`.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,7 +20,6 @@ from torch import Tensor
 from xrdfast import _native, scattering
 from xrdfast.ops import LIBRARY, device_stream
 from xrdfast.ops.reflections import (
-    cuts_of,
     device_reflections,
     merge_families,
     merge_lines,
@@ -54,7 +52,7 @@ STATUS_REASONS = {
     5: "every structure factor vanishes or is not finite",
 }
 
-# Reflections a native call has room for: large sets go through in pieces, 60 MB each on a CPU, 0.5 GB on a GPU.
+# Reflections the device has room for: large sets go through in pieces of about 0.5 GB.
 _ROWS_A_CALL = 1 << 21
 
 
@@ -122,7 +120,11 @@ def simulate_lines(
         f"above two_theta_min = {two_theta_min}",
         two_theta_max,
     )
-    return Lines(*torch.ops.xrdfast.simulate_lines(*arguments, wavelength, g_min, g_max))
+    arguments = (*arguments, wavelength, g_min, g_max)
+    # Outside a trace the kernel is called as it is: the dispatcher takes 14 us, as long as a small structure does.
+    if type(structures.lattice) is Tensor and structures.lattice.is_cpu and not torch.compiler.is_compiling():
+        return Lines(*_lines_cpu(*arguments))
+    return Lines(*torch.ops.xrdfast.simulate_lines(*arguments))
 
 
 def simulate_families(
@@ -257,125 +259,53 @@ def simulate_families_reference(*arguments):
 # --- implementations -------------------------------------------------------------------------------------------------
 
 
-def _checked(op: str, atom_offset: Tensor, lattice: Tensor, **atoms: Tensor) -> None:
-    n_structures = lattice.shape[0]
-    if lattice.dim() != 3 or lattice.shape[1:] != (3, 3) or lattice.dtype != torch.float64:
+def _checked(
+    op: str,
+    atom_offset: Tensor,
+    lattice: Tensor,
+    atomic_number: Tensor,
+    fractional: Tensor,
+    occupancy: Tensor,
+    b_iso: Tensor,
+) -> None:
+    n_structures, device = lattice.shape[0], lattice.device
+    if lattice.shape != (n_structures, 3, 3) or lattice.dtype != torch.float64:
         raise ValueError(
             f"{op}: lattice must be (n_structures, 3, 3) float64, got {tuple(lattice.shape)} {lattice.dtype}"
         )
-    shape, dtype, device = tuple(atom_offset.shape), atom_offset.dtype, atom_offset.device
-    if shape != (n_structures + 1,) or dtype != torch.int64 or device != lattice.device:
-        raise ValueError(
-            f"{op}: atom_offset must be ({n_structures + 1},) int64 on {lattice.device}, "
-            f"got {shape} {dtype} on {device}"
-        )
-    n_atoms = atoms["atomic_number"].shape[0]
-    for name, tensor in atoms.items():
-        shape = (n_atoms, 3) if name == "fractional" else (n_atoms,)
-        dtype = torch.uint8 if name == "atomic_number" else torch.float64
-        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != lattice.device:
+    n_atoms = atomic_number.shape[0]
+    for name, tensor, shape, dtype in (
+        ("atom_offset", atom_offset, (n_structures + 1,), torch.int64),
+        ("atomic_number", atomic_number, (n_atoms,), torch.uint8),
+        ("fractional", fractional, (n_atoms, 3), torch.float64),
+        ("occupancy", occupancy, (n_atoms,), torch.float64),
+        ("b_iso", b_iso, (n_atoms,), torch.float64),
+    ):
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
             raise ValueError(
-                f"{op}: {name} must be {shape} {dtype} on {lattice.device}, "
+                f"{op}: {name} must be {shape} {dtype} on {device}, "
                 f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
             )
+    _offsets_checked(op, "atom_offset", atom_offset, n_atoms)
 
 
 def _offsets_checked(op: str, name: str, offset: Tensor, n_rows: int) -> None:
     """What memory safety needs: offsets that rise from 0 to the number of rows."""
     module = _native.cpu() if offset.device.type == "cpu" else None
     if module is not None:
-        rising = module.offsets_rise(offset.data_ptr(), offset.shape[0], n_rows)
+        held = offset if offset.is_contiguous() else offset.contiguous()
+        rising = module.offsets_rise(held.data_ptr(), held.shape[0], n_rows)
     else:
         rising = int(offset[0]) == 0 and int(offset[-1]) == n_rows and not bool((offset.diff() < 0).any())
     if not rising:
         raise ValueError(f"{op}: {name} must rise from 0 to {n_rows}, got {offset.tolist()[:5]} ...")
 
 
-def _native_simulate(
-    op: str, outputs: list[tuple[tuple[int, ...], torch.dtype]], arguments: tuple, extra: tuple
-):
-    """Runs a native simulator over pieces of at most _ROWS_A_CALL reflections; returns offset, columns..., status."""
-    module = _native.cpu()
-    (
-        offset,
-        lattice,
-        number,
-        fractional,
-        occupancy,
-        b_iso,
-        table,
-        mott_bethe,
-        dispersion,
-        wavelength,
-        g_min,
-        g_max,
-    ) = arguments
-    atoms = (number, fractional, occupancy, b_iso, table)
-    held = [x if x.is_contiguous() else x.contiguous() for x in (offset, lattice, *atoms)]
-    pointers = [x.data_ptr() for x in held]
-    dispersion = None if dispersion is None else dispersion.contiguous()
-    n_structures = lattice.shape[0]
-    capacity = torch.empty(n_structures + 1, dtype=torch.int64)
-    total = module.reflection_capacity(pointers[1], n_structures, g_max, capacity.data_ptr())
-    cuts = cuts_of(capacity, _ROWS_A_CALL)
-    room = total if len(cuts) == 2 else int(capacity[cuts].diff().max())
-    columns = [torch.empty((room, *shape), dtype=dtype) for shape, dtype in outputs]
-    status = torch.empty(n_structures, dtype=torch.int32)
-    rows = torch.empty(n_structures + 1, dtype=torch.int64)
-    pieces, found, base = [], 0, 0
-    for begin, end in itertools.pairwise(cuts):
-        # A piece is a window on the same arrays: its offsets count from the whole array's start.
-        found = getattr(module, op)(
-            pointers[0] + 8 * begin,
-            pointers[1] + 72 * begin,
-            *pointers[2:],
-            0 if dispersion is None else dispersion.data_ptr(),
-            end - begin,
-            table.shape[0],
-            mott_bethe,
-            wavelength,
-            g_min,
-            g_max,
-            capacity.data_ptr() + 8 * begin,
-            *(
-                x.data_ptr() + (8 * begin if x.dtype == torch.int64 else 0)
-                for x in extra
-                if isinstance(x, Tensor)
-            ),
-            *(x for x in extra if not isinstance(x, Tensor)),
-            rows.data_ptr() + 8 * begin,
-            *(x.data_ptr() for x in columns),
-            status.data_ptr() + 4 * begin,
-            torch.get_num_threads(),
-        )
-        if total > _ROWS_A_CALL:
-            pieces.append([x[:found].clone() for x in columns])
-            rows[begin : end + 1] += base
-            base += found
-    if pieces:
-        columns = [torch.cat(x) for x in zip(*pieces, strict=True)]
-    elif found < room:
-        columns = [x[:found] for x in columns]
-    return rows, *columns, status
-
-
-def _lines_checked(arguments: tuple) -> None:
-    op = "simulate_lines"
-    offset, lattice, number, fractional, occupancy, b_iso = arguments[:6]
-    _checked(
-        op, offset, lattice, atomic_number=number, fractional=fractional, occupancy=occupancy, b_iso=b_iso
-    )
-    _offsets_checked(op, "atom_offset", offset, len(number))
-
-
 def _families_checked(arguments: tuple) -> None:
     op = "simulate_families"
-    offset, lattice, number, fractional, occupancy, b_iso = arguments[:6]
+    offset, lattice = arguments[:2]
     rotation_offset, rotations, _ = arguments[12:]
-    _checked(
-        op, offset, lattice, atomic_number=number, fractional=fractional, occupancy=occupancy, b_iso=b_iso
-    )
-    _offsets_checked(op, "atom_offset", offset, len(number))
+    _checked(op, *arguments[:6])
     if rotations.shape[1:] != (3, 3) or rotations.dtype != torch.int8:
         raise ValueError(
             f"{op}: rotations must be (n, 3, 3) int8, got {tuple(rotations.shape)} {rotations.dtype}"
@@ -389,27 +319,90 @@ def _families_checked(arguments: tuple) -> None:
     _offsets_checked(op, "rotation_offset", rotation_offset, len(rotations))
 
 
+def _addresses(
+    atom_offset: Tensor,
+    lattice: Tensor,
+    atomic_number: Tensor,
+    fractional: Tensor,
+    occupancy: Tensor,
+    b_iso: Tensor,
+    form_factor: Tensor,
+    mott_bethe: bool,
+    dispersion: Tensor | None,
+    *limits: float,
+) -> tuple[list[Tensor], tuple[float, ...]]:
+    """What a native simulator takes first, and the tensors that must live until it returns."""
+    given = (atom_offset, lattice, atomic_number, fractional, occupancy, b_iso, form_factor)
+    held = [x if x.is_contiguous() else x.contiguous() for x in given]
+    pointers = [x.data_ptr() for x in held]
+    if dispersion is None:
+        pointers.append(0)
+    else:
+        held.append(dispersion.contiguous())
+        pointers.append(held[-1].data_ptr())
+    return held, (*pointers, lattice.shape[0], form_factor.shape[0], mott_bethe, *limits)
+
+
 def _lines_cpu(*arguments):
-    _lines_checked(arguments)
-    if _native.cpu() is None:
+    _checked("simulate_lines", *arguments[:6])
+    module = _native.cpu()
+    if module is None:
         return simulate_lines_reference(*arguments)
-    double, short = torch.float64, torch.int16
-    outputs = [((), double), ((), double), ((), double), ((3,), short)]
-    return _native_simulate("simulate_lines", outputs, arguments, ())
+    held, addresses = _addresses(*arguments)
+    n_threads = torch.get_num_threads()
+    found = module.simulate_lines(*addresses, n_threads)
+    n = found.n_rows
+    offset = torch.empty_like(held[0])
+    two_theta = torch.empty(n, dtype=torch.float64)
+    intensity, d_spacing = torch.empty_like(two_theta), torch.empty_like(two_theta)
+    hkl = torch.empty(n, 3, dtype=torch.int16)
+    status = torch.empty(held[1].shape[0], dtype=torch.int32)
+    found.write(
+        offset.data_ptr(),
+        two_theta.data_ptr(),
+        intensity.data_ptr(),
+        d_spacing.data_ptr(),
+        hkl.data_ptr(),
+        status.data_ptr(),
+        n_threads,
+    )
+    return offset, two_theta, intensity, d_spacing, hkl, status
 
 
 def _families_cpu(*arguments):
     _families_checked(arguments)
-    if _native.cpu() is None:
+    module = _native.cpu()
+    if module is None:
         return simulate_families_reference(*arguments)
     rotation_offset, rotations, relative_cutoff = arguments[12:]
-    outputs = [((3,), torch.int16), ((), torch.int16), ((), torch.float32)]
-    extra = (rotation_offset.contiguous(), rotations.contiguous(), relative_cutoff)
-    return _native_simulate("simulate_families", outputs, arguments[:12], extra)
+    rotation_offset, rotations = rotation_offset.contiguous(), rotations.contiguous()
+    held, addresses = _addresses(*arguments[:12])
+    n_threads = torch.get_num_threads()
+    found = module.simulate_families(
+        *addresses,
+        rotation_offset.data_ptr(),
+        rotations.data_ptr(),
+        relative_cutoff,
+        n_threads,
+    )
+    n = found.n_rows
+    offset = torch.empty_like(held[0])
+    hkl, multiplicity = torch.empty(n, 3, dtype=torch.int16), torch.empty(n, dtype=torch.int16)
+    f_squared = torch.empty(n, dtype=torch.float32)
+    status = torch.empty(held[1].shape[0], dtype=torch.int32)
+    found.write(
+        offset.data_ptr(),
+        hkl.data_ptr(),
+        multiplicity.data_ptr(),
+        f_squared.data_ptr(),
+        status.data_ptr(),
+        n_threads,
+    )
+    return offset, hkl, multiplicity, f_squared, status
 
 
 def _lines_cuda(*arguments):
-    _lines_checked(arguments)
+    _checked("simulate_lines", *arguments[:6])
     module = _native.cuda()
     if module is None:
         return simulate_lines_reference(*arguments)
