@@ -7,12 +7,13 @@
 #include <stdexcept>
 #include <string>
 
-#include "preprocess.h"
+#include "bind.h"
 #include "bind_dsr_loss.h"
 #include "peak_attention.h"
 #include "peak_conv.h"
 #include "peak_norm.h"
 #include "peak_plan.h"
+#include "preprocess.h"
 #include "render.h"
 #include "render_patterns.h"
 #include "simulate.h"
@@ -25,11 +26,6 @@ namespace py = pybind11;
 using namespace xrdfast;
 
 namespace {
-
-template <typename T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
 
 void check(const char* op, int error) {
     if (error == 0) return;
@@ -49,18 +45,15 @@ StructureBatch lattices(uintptr_t lattice, int64_t n_structures, double g_min, d
 // `dtype` ends the names: peak_attention_float32.
 template <typename T, typename S>
 void bind_peak_attention(py::module_& m, const std::string& dtype) {
-    m.def(
-        ("peak_attention_" + dtype).c_str(),
+    define(m, "peak_attention_" + dtype,
         [](uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t active, uintptr_t output, uintptr_t logsumexp,
            int64_t n_patterns, int64_t n_patches, int64_t width, uintptr_t stream) {
             const PeakAttentionParams<T, S> params{at<const S>(query), at<const S>(key), at<const S>(value),
                                                    at<const bool>(active), at<S>(output), at<T>(logsumexp),
                                                    n_patterns, n_patches, width};
             check("peak_attention", peak_attention_forward_cuda(params, at<void>(stream)));
-        },
-        py::call_guard<py::gil_scoped_release>());
-    m.def(
-        ("peak_attention_backward_" + dtype).c_str(),
+        });
+    define(m, "peak_attention_backward_" + dtype,
         [](uintptr_t grad_output, uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t active,
            uintptr_t output, uintptr_t logsumexp, uintptr_t grad_query, uintptr_t grad_key, uintptr_t grad_value,
            int64_t n_patterns, int64_t n_patches, int64_t width, uintptr_t delta, uintptr_t stream) {
@@ -69,8 +62,7 @@ void bind_peak_attention(py::module_& m, const std::string& dtype) {
                 at<const bool>(active), at<const S>(output), at<const T>(logsumexp), at<S>(grad_query),
                 at<S>(grad_key), at<S>(grad_value), n_patterns, n_patches, width};
             check("peak_attention_backward", peak_attention_backward_cuda(params, at<T>(delta), at<void>(stream)));
-        },
-        py::call_guard<py::gil_scoped_release>());
+        });
 }
 
 // `padding` and `room` are on the host.
@@ -88,19 +80,15 @@ PeakCountParams<T> plan_of(uintptr_t intensity, uintptr_t padding, int64_t n_pat
 
 template <typename T>
 void bind_peak_plan(py::module_& m, const std::string& type) {
-    const py::call_guard<py::gil_scoped_release> unlocked;
-    m.def(
-        ("peak_count_" + type).c_str(),
+    define(m, "peak_count_" + type,
         [](uintptr_t intensity, uintptr_t padding, int64_t n_patterns, int64_t length, int64_t n_stages, int64_t reach,
            int64_t max_gap, uintptr_t felt, uintptr_t computed, uintptr_t first_row, uintptr_t n_rows, uintptr_t blank,
            uintptr_t stream) {
             const PeakCountParams<T> params = plan_of<T>(intensity, padding, n_patterns, length, n_stages, reach,
                                                          max_gap, felt, computed, first_row, n_rows, blank);
             check("peak_count", peak_count_cuda(params, at<void>(stream)));
-        },
-        unlocked);
-    m.def(
-        ("peak_list_" + type).c_str(),
+        });
+    define(m, "peak_list_" + type,
         [](uintptr_t intensity, uintptr_t padding, int64_t n_patterns, int64_t length, int64_t n_stages, int64_t reach,
            int64_t max_gap, uintptr_t felt, uintptr_t computed, uintptr_t first_row, uintptr_t n_rows, uintptr_t blank,
            uintptr_t room, uintptr_t overflow, uintptr_t point, uintptr_t position, uintptr_t count, uintptr_t halo,
@@ -117,33 +105,26 @@ void bind_peak_plan(py::module_& m, const std::string& type) {
                                  at<int32_t>(row_at)};
             std::copy_n(at<const int64_t>(room), n_stages + 1, lists.room);
             check("peak_list", peak_list_cuda(params, lists, at<void>(stream)));
-        },
-        unlocked);
+        });
 }
 
 // The operators of one floating-point type, under names that end in it.
 template <typename T>
 void bind_peak_conv(py::module_& m, const std::string& type) {
-    const py::call_guard<py::gil_scoped_release> unlocked;
-    m.def(
-        ("peak_conv_" + type).c_str(),
+    define(m, "peak_conv_" + type,
         [](uintptr_t x, uintptr_t weight, uintptr_t out, int64_t n_rows, int64_t n_in, int64_t n_out, int64_t shift,
            uintptr_t stream) {
             const PeakConvParams<T> params{at<const T>(x), at<const T>(weight), at<T>(out), n_rows, n_in, n_out, shift};
             check("peak_conv", peak_conv_cuda(params, at<void>(stream)));
-        },
-        unlocked);
-    m.def(
-        ("peak_conv_weight_" + type).c_str(),
+        });
+    define(m, "peak_conv_weight_" + type,
         [](uintptr_t x, uintptr_t grad_out, uintptr_t grad_weight, int64_t n_rows, int64_t n_in, int64_t n_out,
            int64_t shift, uintptr_t parts, int64_t n_parts, uintptr_t stream) {
             const PeakConvWeightParams<T> params{at<const T>(x), at<const T>(grad_out), at<T>(grad_weight), n_rows,
                                                  n_in,           n_out,                 shift};
             check("peak_conv_weight", peak_conv_weight_cuda(params, at<T>(parts), n_parts, at<void>(stream)));
-        },
-        unlocked);
-    m.def(
-        ("peak_stage_" + type).c_str(),
+        });
+    define(m, "peak_stage_" + type,
         [](uintptr_t x, uintptr_t first, uintptr_t second, uintptr_t widen, uintptr_t offset1, uintptr_t offset2,
            uintptr_t halo, uintptr_t pairs, uintptr_t y, uintptr_t out, int64_t n_rows, int64_t n_rows_out,
            int64_t n_in, int64_t n_channels, int64_t n_touched, int64_t shift, bool maximum, uintptr_t inner,
@@ -155,10 +136,8 @@ void bind_peak_conv(py::module_& m, const std::string& type) {
                                             n_in,                 n_channels,               n_touched,
                                             shift,                maximum};
             check("peak_stage", peak_stage_cuda(params, at<T>(inner), at<void>(stream)));
-        },
-        unlocked);
-    m.def(
-        ("peak_norm_" + type).c_str(),
+        });
+    define(m, "peak_norm_" + type,
         [](uintptr_t h, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t count, uintptr_t take,
            uintptr_t mean, uintptr_t var, int64_t n_rows, int64_t n_rows_out, int64_t n_channels, int64_t n_touched,
            int n_take, bool maximum, bool batch, double eps, double total, uintptr_t sums, uintptr_t weights,
@@ -171,10 +150,8 @@ void bind_peak_conv(py::module_& m, const std::string& type) {
                                            eps,                total};
             const PeakNormScratch<T> scratch{at<T>(sums), at<T>(weights), nullptr, nullptr};
             check("peak_norm", peak_norm_cuda(params, scratch, at<T>(out), at<void>(stream)));
-        },
-        unlocked);
-    m.def(
-        ("peak_norm_backward_" + type).c_str(),
+        });
+    define(m, "peak_norm_backward_" + type,
         [](uintptr_t h, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t count, uintptr_t take,
            uintptr_t mean, uintptr_t var, int64_t n_rows, int64_t n_rows_out, int64_t n_channels, int64_t n_touched,
            int n_take, bool maximum, bool batch, double eps, double total, uintptr_t sums, uintptr_t taker,
@@ -190,48 +167,44 @@ void bind_peak_conv(py::module_& m, const std::string& type) {
             const PeakNormGrads<T> grads{at<const T>(grad_out), at<T>(grad_h), at<T>(grad_residual), at<T>(grad_gamma),
                                          at<T>(grad_beta)};
             check("peak_norm_backward", peak_norm_backward_cuda(params, scratch, grads, at<void>(stream)));
-        },
-        unlocked);
+        });
 }
 
 template <typename Element>
-void define_dsr_loss_cuda(py::module_& m, const char* dtype) {
-    define_dsr_loss<Element>(
-        m, dtype,
-        [](const DsrLossParams<Element>& p, uintptr_t stream) {
-            check("dsr_loss", dsr_loss_forward_cuda(p, at<void>(stream)));
-        },
-        [](const DsrLossParams<Element>& p, uintptr_t stream) {
-            check("dsr_loss_backward", dsr_loss_backward_cuda(p, at<void>(stream)));
-        });
+void forward_dsr_loss(const DsrLossParams<Element>& p, uintptr_t stream) {
+    check("dsr_loss", dsr_loss_forward_cuda(p, at<void>(stream)));
+}
+
+template <typename Element>
+void backward_dsr_loss(const DsrLossParams<Element>& p, uintptr_t stream) {
+    check("dsr_loss_backward", dsr_loss_backward_cuda(p, at<void>(stream)));
+}
+
+template <typename Element>
+void bind_dsr_loss(py::module_& m, const std::string& dtype) {
+    define_dsr_loss<Element, forward_dsr_loss<Element>, backward_dsr_loss<Element>>(m, dtype);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(XRDFAST_MODULE, m) {
     m.doc() = "xrdfast native kernels for CUDA devices; call them through xrdfast.ops";
-    const py::call_guard<py::gil_scoped_release> unlocked;
-    m.def(
-        "count_reflections",
+    define(m, "count_reflections",
         [](uintptr_t lattice, int64_t n_structures, double g_min, double g_max, uintptr_t count, uintptr_t status,
            uintptr_t stream) {
             const StructureBatch batch = lattices(lattice, n_structures, g_min, g_max);
             check("count_reflections",
                   count_reflections_cuda(batch, at<int64_t>(count), at<int32_t>(status), at<void>(stream)));
-        },
-        unlocked);
-    m.def(
-        "list_reflections",
+        });
+    define(m, "list_reflections",
         [](uintptr_t lattice, int64_t n_structures, double g_min, double g_max, uintptr_t offset,
            int64_t n_reflections, uintptr_t hkl, uintptr_t g2, uintptr_t stream) {
             const ReflectionList list{at<const int64_t>(offset), n_reflections, at<int16_t>(hkl), at<double>(g2),
                                       nullptr};
             check("list_reflections",
                   list_reflections_cuda(lattices(lattice, n_structures, g_min, g_max), list, at<void>(stream)));
-        },
-        unlocked);
-    m.def(
-        "structure_factors",
+        });
+    define(m, "structure_factors",
         [](uintptr_t atom_offset, uintptr_t lattice, uintptr_t atomic_number, uintptr_t fractional,
            uintptr_t occupancy, uintptr_t b_iso, uintptr_t form_factor, uintptr_t dispersion, int64_t n_structures,
            int64_t n_elements, bool mott_bethe, double wavelength, double g_min, double g_max, uintptr_t offset,
@@ -253,10 +226,8 @@ PYBIND11_MODULE(XRDFAST_MODULE, m) {
             const ReflectionList list{at<const int64_t>(offset), n_reflections, at<int16_t>(hkl), at<double>(g2),
                                       at<double>(f_squared)};
             check("structure_factors", structure_factors_cuda(batch, list, at<void>(stream)));
-        },
-        unlocked);
-    m.def(
-        "name_families",
+        });
+    define(m, "name_families",
         [](int64_t n_reflections, uintptr_t structure, uintptr_t hkl, uintptr_t rotation_offset, uintptr_t rotations,
            uintptr_t code, uintptr_t multiplicity, uintptr_t stream) {
             const FamilyNames names{n_reflections,
@@ -267,10 +238,8 @@ PYBIND11_MODULE(XRDFAST_MODULE, m) {
                                     at<int32_t>(code),
                                     at<int16_t>(multiplicity)};
             check("name_families", name_families_cuda(names, at<void>(stream)));
-        },
-        unlocked);
-    m.def(
-        "render_sticks",
+        });
+    define(m, "render_sticks",
         [](uintptr_t offset, uintptr_t hkl, uintptr_t multiplicity, uintptr_t f_squared, uintptr_t reciprocal_metric,
            uintptr_t b_overall, uintptr_t intensity, int64_t hkl_stride, int64_t multiplicity_stride,
            int64_t n_patterns, int64_t n_points, double wavelength, double two_theta_min, double two_theta_step,
@@ -291,10 +260,8 @@ PYBIND11_MODULE(XRDFAST_MODULE, m) {
                                             two_theta_step};
             const RenderSticksScratch scratch{at<double>(two_theta), at<double>(strength), at<int32_t>(order)};
             check("render_sticks", render_sticks_cuda(params, scratch, at<void>(stream)));
-        },
-        unlocked);
-    m.def(
-        "preprocess_scans",
+        });
+    define(m, "preprocess_scans",
         [](uintptr_t offset, uintptr_t two_theta, uintptr_t intensity, uintptr_t wavelength,
            uintptr_t second_wavelength, uintptr_t pattern, uintptr_t measured, uintptr_t active_count,
            uintptr_t active_patch, int64_t n_scans, int64_t n_points, int64_t smooth_points, double background_width,
@@ -323,8 +290,7 @@ PYBIND11_MODULE(XRDFAST_MODULE, m) {
                                                  at<float>(noise),  at<float>(level), n_total,
                                                  longest};
             check("preprocess_scans", preprocess_scans_cuda(params, scratch, at<void>(stream)));
-        },
-        unlocked);
+        });
     bind_peak_attention<float, float>(m, "float32");
     bind_peak_attention<double, double>(m, "float64");
     bind_peak_attention<float, BFloat16>(m, "bfloat16");
@@ -332,11 +298,10 @@ PYBIND11_MODULE(XRDFAST_MODULE, m) {
     bind_peak_plan<double>(m, "float64");
     bind_peak_conv<float>(m, "float32");
     bind_peak_conv<double>(m, "float64");
-    define_dsr_loss_cuda<float>(m, "float32");
-    define_dsr_loss_cuda<double>(m, "float64");
-    define_dsr_loss_cuda<BFloat16>(m, "bfloat16");
-    m.def(
-        "render_patterns",
+    bind_dsr_loss<float>(m, "float32");
+    bind_dsr_loss<double>(m, "float64");
+    bind_dsr_loss<BFloat16>(m, "bfloat16");
+    define(m, "render_patterns",
         [](uintptr_t offset, uintptr_t hkl, uintptr_t multiplicity, uintptr_t f_squared, uintptr_t reciprocal_metric,
            uintptr_t b_overall, uintptr_t rotation_offset, uintptr_t rotations, uintptr_t profile,
            uintptr_t pattern_id, uintptr_t intensity, uintptr_t active_count, uintptr_t active_patch,
@@ -367,6 +332,5 @@ PYBIND11_MODULE(XRDFAST_MODULE, m) {
                                               two_theta_step};
             const RenderPatternsScratch scratch{at<double>(g2), at<double>(weight), at<Line>(line), at<float>(peaks)};
             check("render_patterns", render_patterns_cuda(params, scratch, at<void>(stream)));
-        },
-        unlocked);
+        });
 }

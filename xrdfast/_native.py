@@ -48,7 +48,7 @@ _CXX_FLAGS = [
 ]
 _EMULATOR_FLAGS = ["-O1", "-g", "-Wno-unknown-pragmas", "-DXRDFAST_MODULE=_emu"]
 _NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-_LOCK_TIMEOUT = 300.0  # seconds; a whole build takes about 10
+_LOCK_TIMEOUT = 300.0  # seconds; a whole build takes about 14 on two cores
 _MAX_JOBS = 4
 
 _lock = threading.RLock()
@@ -288,7 +288,7 @@ def _compile(plan: _Plan, folder: Path, target: Path) -> None:
         "build-*"
     ):  # of a builder that was killed: the lock is ours, so nobody works there
         shutil.rmtree(orphan, ignore_errors=True)
-    print(f"xrdfast: building {target.name}, once (about 10 s) ...", file=sys.stderr, flush=True)
+    print(f"xrdfast: building {target.name}, once (about 15 s) ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as temporary:
         rules, objects = ["rule run", "  command = $command", "  description = $out"], []
         for path, command in plan["sources"].items():

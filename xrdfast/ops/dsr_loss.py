@@ -6,6 +6,7 @@ the loss or averaging it: that is the caller's.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -171,7 +172,8 @@ def _forward(
     previous = None if previous_ranked is None else _contiguous_rows(previous_ranked)
     loss, ranked, order = _forward_results(logits, class_offset)
     getattr(module, f"dsr_loss_forward_{_name(logits.dtype)}")(
-        class_offset,
+        _int32(tuple(class_offset)).data_ptr(),
+        len(class_offset) - 1,
         len(logits),
         temperature,
         0 if previous is None else previous.data_ptr(),
@@ -199,7 +201,8 @@ def _backward(
     ranked, order, previous = ranked.contiguous(), order.contiguous(), _contiguous_rows(previous_ranked)
     grad_logits = torch.empty_like(ranked)
     getattr(module, f"dsr_loss_backward_{_name(ranked.dtype)}")(
-        class_offset,
+        _int32(tuple(class_offset)).data_ptr(),
+        len(class_offset) - 1,
         len(ranked),
         temperature,
         previous.data_ptr(),
@@ -212,6 +215,11 @@ def _backward(
         where,
     )
     return grad_logits
+
+
+@functools.lru_cache(maxsize=64)
+def _int32(class_offset: tuple[int, ...]) -> Tensor:
+    return torch.tensor(class_offset, dtype=torch.int32, device="cpu")
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:
