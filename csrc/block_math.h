@@ -31,6 +31,10 @@ struct IntegerOf<float> {
     using Type = uint32_t;  // unsigned: exponent arithmetic on the bits of a NaN may wrap
 };
 template <>
+struct IntegerOf<int32_t> {
+    using Type = uint32_t;
+};
+template <>
 struct IntegerOf<double> {
     using Type = uint64_t;
 };

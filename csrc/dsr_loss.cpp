@@ -1,9 +1,9 @@
 // dsr_loss.cpp: ranked-output self-distillation loss on the CPU.
 //
-// Ranking is most of the work. In float, eight rows are ranked side by side, a register of them per class, by a sorting
-// network: the same exchanges for every row, no branch on data. A logit and its class become one double, so that an
-// exchange is a minimum and a maximum, which every instruction set has for doubles. Floors and what is reached:
-// benchmarks/NOTES.md.
+// Ranking is most of the work. In float, sixteen rows are ranked side by side, a register or two of them per class, by a
+// sorting network: the same exchanges for every row, no branch on data. A logit gives its last bits to its class, so that
+// an exchange is a minimum and a maximum of integers; the few neighbours that differ in those bits alone are put right
+// row by row. Floors and what is reached: benchmarks/NOTES.md.
 #include "dsr_loss.h"
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 namespace xrdfast {
 namespace {
 
-constexpr int kRows = 8;   // ranked side by side; eight doubles are a cache line and an AVX-512 register
+constexpr int kRows = 16;   // ranked side by side; sixteen integers are a cache line and an AVX-512 register
 constexpr int kWhole = 16;  // rows are padded to whole AVX-512 registers of floats, so no loop has a tail
 static_assert(kMaxHeadClasses % kWhole == 0, "padding keeps within the workspace");
 
@@ -52,7 +52,7 @@ struct alignas(64) Workspace {
     int16_t order[kRows][kRowRoom];
     Real previous[kMaxHeadClasses];
     Real soft[kMaxHeadClasses], soft_previous[kMaxHeadClasses];  // softmax before normalisation
-    double packed[kMaxHeadClasses * kRows];                      // (classes, kRows)
+    int32_t keys[kMaxHeadClasses * kRows];                       // (classes, kRows)
 };
 
 // A float as an integer of the same order: -0 equals 0, and NaN, whatever its sign, comes last.
@@ -63,33 +63,34 @@ XRDFAST_INLINE int32_t rank_key(float x) {
     bits ^= (bits >> 31) & INT32_MAX;
     return x != x ? INT32_MAX : bits;
 }
-XRDFAST_INLINE float value_of(int32_t key) {
-    key ^= (key >> 31) & INT32_MAX;
-    float x;
-    std::memcpy(&x, &key, sizeof x);
-    return x;
-}
 
-// (key, class) as the integer 1024 key + class, which a double holds exactly, and back through the integer that adding
-// 1.5 * 2^52 leaves in the mantissa.
-constexpr int kClassBits = 10;
-static_assert(kMaxHeadClasses == 1 << kClassBits && kClassBits + 32 < 52, "the pair fits in a mantissa");
-
-XRDFAST_CLONES void pack_rows(Workspace<float>& ws, int n) {
+// A key whose last bits are the class; `class_mask` has so many bits that all classes of the head fit.
+XRDFAST_CLONES void pack_rows(Workspace<float>& ws, int n, int32_t class_mask) {
     for (int j = 0; j < n; ++j)
         for (int row = 0; row < kRows; ++row)
-            ws.packed[j * kRows + row] = rank_key(ws.logits[row][j]) * static_cast<double>(kMaxHeadClasses) + j;
+            ws.keys[j * kRows + row] = (rank_key(ws.logits[row][j]) & ~class_mask) | j;
 }
 
-XRDFAST_CLONES void unpack_rows(Workspace<float>& ws, int n) {
-    for (int j = 0; j < n; ++j)
-        for (int row = 0; row < kRows; ++row) {
-            const double shifted = ws.packed[j * kRows + row] + 6755399441055744.0;
-            uint64_t bits;
-            std::memcpy(&bits, &shifted, sizeof bits);
-            ws.ranked[row][j] = value_of(static_cast<int32_t>(static_cast<uint32_t>(bits >> kClassBits)));
-            ws.order[row][j] = static_cast<int16_t>(bits & (kMaxHeadClasses - 1));
-        }
+// Ranks by whole keys what is ranked by their first bits; equal keys come in the order of their classes.
+void unpack_row(Workspace<float>& ws, int row, int n, int32_t class_mask) {
+    float* const ranked = ws.ranked[row];
+    int16_t* const order = ws.order[row];
+    const float* const logits = ws.logits[row];
+    int32_t before = INT32_MIN;
+    for (int j = 0; j < n; ++j) {
+        const int from = ws.keys[j * kRows + row] & class_mask;
+        const float value = logits[from];
+        const int32_t key = rank_key(value);
+        int at = j;
+        if (key < before)
+            for (; at > 0 && key < rank_key(ranked[at - 1]); --at) {
+                ranked[at] = ranked[at - 1];
+                order[at] = order[at - 1];
+            }
+        else before = key;
+        ranked[at] = value;
+        order[at] = static_cast<int16_t>(from);
+    }
 }
 
 // The smaller one first. Each comparison is used once, which makes one instruction of it and what it chooses.
@@ -101,65 +102,112 @@ XRDFAST_INLINE void exchange(V& a, V& b) {
 }
 
 // Batcher's odd-even merge sort; exchanges with classes past the last, which would hold the largest values, are left
-// out. 3,419 exchanges for 230 classes. Vectors by name: of a plain loop GCC makes stores under a mask, which take some
-// 20 cycles on an AMD processor.
-struct SortPacked {
-    double* packed;  // (n, kRows)
-    int n;
-
-    template <int kBytes>
-    XRDFAST_INLINE void run() const {
-        using S = Simd<double, kBytes>;
-        double* const rows = packed;
-        const int n_classes = n;
-        // The merges up to eight classes take place in registers.
-        int begin = 0;
-        for (; begin + kEight <= n_classes; begin += kEight)
-            for (int lane = 0; lane < kRows; lane += S::kLanes) sort_eight<S>(rows + begin * kRows + lane);
-        merge<S>(rows + begin * kRows, n_classes - begin, 1, kEight);
-        merge<S>(rows, n_classes, kEight, n_classes);
-    }
+// out. Where classes are less than eight apart, exchanges follow each other in registers, as what takes time is loads
+// and stores. Vectors by name: of a plain loop GCC makes stores under a mask, which take some 20 cycles on an AMD
+// processor.
+struct SortKeys {
+    int32_t* keys;  // (n, kRows)
+    int n;          // a multiple of kEight
 
     static constexpr int kEight = 8;
 
-    template <class S>
-    XRDFAST_INLINE static void sort_eight(double* rows) {
-        constexpr int kPairs[][2] = {{0, 1}, {2, 3}, {4, 5}, {6, 7}, {0, 2}, {1, 3}, {4, 6}, {5, 7}, {1, 2}, {5, 6},
-                                     {0, 4}, {1, 5}, {2, 6}, {3, 7}, {2, 4}, {3, 5}, {1, 2}, {3, 4}, {5, 6}};
-        typename S::Vector x[kEight];
-#pragma GCC unroll 8
-        for (int i = 0; i < kEight; ++i) x[i] = load<typename S::Vector>(rows + i * kRows);
-#pragma GCC unroll 19
-        for (const auto& pair : kPairs) exchange(x[pair[0]], x[pair[1]]);
-#pragma GCC unroll 8
-        for (int i = 0; i < kEight; ++i) store(rows + i * kRows, x[i]);
+    template <int kBytes>
+    XRDFAST_INLINE void run() const {
+        using S = Simd<int32_t, kBytes>;
+        int32_t* const rows = keys;
+        const int n_classes = n;
+        for (int begin = 0; begin < n_classes; begin += kEight) sort_eight<S>(rows + begin * kRows);
+        for (int merged = kEight; merged < n_classes; merged *= 2)
+            for (int begin = 0; begin + merged < n_classes; begin += 2 * merged)
+                merge<S>(rows + begin * kRows, merged, std::min(2 * merged, n_classes - begin));
     }
 
-    // Runs of `merged` classes into runs of `last` or more.
     template <class S>
-    XRDFAST_INLINE static void merge(double* rows, int n_classes, int merged, int last) {
-        for (; merged < std::min(last, n_classes); merged *= 2)
-            for (int distance = merged; distance >= 1; distance /= 2)
-                for (int first = distance & (merged - 1); first + distance < n_classes; first += 2 * distance) {
-                    // of two merges
-                    if (distance < merged && ((first + distance) & (2 * merged - 1)) == 0) continue;
-                    double *low = rows + first * kRows, *high = low + distance * kRows;
-                    for (int count = std::min(distance, n_classes - first - distance); count > 0; --count)
+    XRDFAST_INLINE static void sort_eight(int32_t* rows) {
+        constexpr int kPairs[][2] = {{0, 1}, {2, 3}, {4, 5}, {6, 7}, {0, 2}, {1, 3}, {4, 6}, {5, 7}, {1, 2}, {5, 6},
+                                     {0, 4}, {1, 5}, {2, 6}, {3, 7}, {2, 4}, {3, 5}, {1, 2}, {3, 4}, {5, 6}};
+        for (int lane = 0; lane < kRows; lane += S::kLanes) {
+            typename S::Vector x[kEight];
+            load_classes(rows + lane, x);
+#pragma GCC unroll 19
+            for (const auto& pair : kPairs) exchange(x[pair[0]], x[pair[1]]);
+#pragma GCC unroll 8
+            for (int i = 0; i < kEight; ++i) store(rows + lane + i * kRows, x[i]);
+        }
+    }
+
+    // The first `merged` classes and those after them.
+    template <class S>
+    XRDFAST_INLINE static void merge(int32_t* rows, int merged, int n_classes) {
+        for (int distance = merged; distance >= kEight; distance /= 2)
+            for (int first = distance & (merged - 1); first + distance < n_classes; first += 2 * distance) {
+                int32_t *low = rows + first * kRows, *high = low + distance * kRows;
+                for (int count = std::min(distance, n_classes - first - distance); count > 0; --count)
 #pragma GCC unroll 4
-                        for (int lane = 0; lane < kRows; lane += S::kLanes, low += S::kLanes, high += S::kLanes) {
-                            auto a = load<typename S::Vector>(low), b = load<typename S::Vector>(high);
-                            exchange(a, b);
-                            store(low, a);
-                            store(high, b);
-                        }
-                }
+                    for (int lane = 0; lane < kRows; lane += S::kLanes, low += S::kLanes, high += S::kLanes) {
+                        auto a = load<typename S::Vector>(low), b = load<typename S::Vector>(high);
+                        exchange(a, b);
+                        store(low, a);
+                        store(high, b);
+                    }
+            }
+        for (int lane = 0; lane < kRows; lane += S::kLanes) finish_merge<S>(rows + lane, n_classes);
+    }
+
+    // The exchanges of a merge at distances 4, 2 and 1, from the first class to the last: `before` are three classes
+    // that wait for those after them.
+    template <class S>
+    XRDFAST_INLINE static void finish_merge(int32_t* rows, int n_classes) {
+        using V = typename S::Vector;
+        V before[3], x[kEight], last[4];
+        load_classes(rows + kRows, before);
+        int32_t* at = rows + 4 * kRows;
+        for (int left = n_classes - 4; left > 4; left -= kEight, at += kEight * kRows) {
+            load_classes(at, x);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) exchange(x[i], x[i + 4]);
+            exchange(before[1], x[0]);
+            exchange(before[2], x[1]);
+            exchange(x[2], x[4]);
+            exchange(x[3], x[5]);
+            exchange(before[0], before[1]);
+            exchange(before[2], x[0]);
+            exchange(x[1], x[2]);
+            exchange(x[3], x[4]);
+#pragma GCC unroll 3
+            for (int i = 0; i < 3; ++i) store(at + (i - 3) * kRows, before[i]);
+#pragma GCC unroll 5
+            for (int i = 0; i < 5; ++i) store(at + i * kRows, x[i]);
+#pragma GCC unroll 3
+            for (int i = 0; i < 3; ++i) before[i] = x[5 + i];
+        }
+        load_classes(at, last);
+        exchange(before[1], last[0]);
+        exchange(before[2], last[1]);
+        exchange(before[0], before[1]);
+        exchange(before[2], last[0]);
+        exchange(last[1], last[2]);
+#pragma GCC unroll 3
+        for (int i = 0; i < 3; ++i) store(at + (i - 3) * kRows, before[i]);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) store(at + i * kRows, last[i]);
+    }
+
+    template <class V, int kClasses>
+    XRDFAST_INLINE static void load_classes(const int32_t* rows, V (&x)[kClasses]) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kClasses; ++i) x[i] = load<V>(rows + i * kRows);
     }
 };
 
-void rank_rows(Workspace<float>& ws, int n, int) {
-    pack_rows(ws, n);
-    run_best(SortPacked{ws.packed, n});
-    unpack_rows(ws, n);
+void rank_rows(Workspace<float>& ws, int n, int n_rows) {
+    int32_t class_mask = 0;
+    while (class_mask < n - 1) class_mask = 2 * class_mask + 1;
+    pack_rows(ws, n, class_mask);
+    const int n_padded = (n + SortKeys::kEight - 1) / SortKeys::kEight * SortKeys::kEight;
+    std::fill(ws.keys + n * kRows, ws.keys + n_padded * kRows, INT32_MAX);  // behind all of the head, NaNs too
+    run_best(SortKeys{ws.keys, n_padded});
+    for (int row = 0; row < n_rows; ++row) unpack_row(ws, row, n, class_mask);
 }
 
 // In double, which is there for the tests of the gradient, a key and a class don't fit in one number.
