@@ -117,24 +117,24 @@ def test_directions(benchmark, row, threads, device: str, direction: str) -> Non
     """Native beside reference, the bare operators, one direction at a time."""
     threads(2)
     logits, previous = random_batch(device, torch.float32, HEADS)
-    loss, ranked, order = torch.ops.xrdfast.dsr_loss(logits, previous, 4.0, HEADS)
+    loss, _, slope = torch.ops.xrdfast.dsr_loss(logits, previous, 4.0, HEADS)
     native, reference, given = {
-        "forward": (torch.ops.xrdfast.dsr_loss, dsr_loss_reference, (logits, previous)),
+        "forward": (torch.ops.xrdfast.dsr_loss, dsr_loss_reference, (logits, previous, 4.0, HEADS)),
         "backward": (
             torch.ops.xrdfast.dsr_loss_backward,
             dsr_loss_backward_reference,
-            (torch.ones_like(loss), ranked, previous, order),
+            (torch.ones_like(loss), slope, HEADS, torch.float32),
         ),
     }[direction]
 
     def call(function) -> None:
-        function(*given, 4.0, HEADS)
+        function(*given)
         if device == "cuda":
             torch.cuda.synchronize()
 
     pair = paired(lambda: call(native), lambda: call(reference), rounds=51)
     benchmark.pedantic(lambda: call(native), rounds=20)
-    moved = logits.numel() * 14  # bytes; either way three arrays of four and the order
+    moved = logits.numel() * 4 * {"forward": 4, "backward": 2}[direction]  # bytes
     row(
         f"dsr_loss {direction} operator, {N_PATTERNS} × (230, 7, 6, 32), float32, {device}",
         f"{pair.ratio:.1f} × reference ({pair.ours * 1e6:.0f} against {pair.rival * 1e6:.0f} µs, "

@@ -12,20 +12,14 @@
 namespace xrdfast {
 
 template <typename Element>
-DsrLossParams<Element> dsr_loss_params(uintptr_t class_offset, int32_t n_heads, int64_t n_patterns,
-                                       double temperature, uintptr_t previous_ranked, int64_t previous_stride,
-                                       uintptr_t ranked, uintptr_t order) {
+DsrLossParams<Element> dsr_loss_params(uintptr_t class_offset, int32_t n_heads, int64_t n_patterns, uintptr_t slope) {
     DsrLossParams<Element> p{};
     if (n_heads < 1 || n_heads > kMaxHeads) throw std::length_error("dsr_loss: class_offset does not fit its array");
     std::copy_n(at<const int32_t>(class_offset), n_heads + 1, p.class_offset);
     p.n_patterns = n_patterns;
     p.n_classes = p.class_offset[n_heads];
     p.n_heads = n_heads;
-    p.temperature = static_cast<typename DsrLossParams<Element>::Real>(temperature);
-    p.previous_ranked = reinterpret_cast<const Element*>(previous_ranked);
-    p.previous_stride = previous_stride;
-    p.ranked = reinterpret_cast<Element*>(ranked);
-    p.order = reinterpret_cast<int16_t*>(order);
+    p.slope = at<typename DsrLossParams<Element>::Real>(slope);
     return p;
 }
 
@@ -37,27 +31,27 @@ template <typename Element, DsrLossFunction<Element> kForward, DsrLossFunction<E
 void define_dsr_loss(pybind11::module_& m, const std::string& dtype) {
     using Real = typename DsrLossParams<Element>::Real;
     define(m, "dsr_loss_forward_" + dtype,
-        [](uintptr_t class_offset, int32_t n_heads, int64_t n_patterns, double temperature,
-                  uintptr_t previous_ranked, int64_t previous_stride, uintptr_t ranked, uintptr_t order,
-                  uintptr_t logits, int64_t logits_stride, uintptr_t loss, uintptr_t where) {
-            DsrLossParams<Element> p = dsr_loss_params<Element>(class_offset, n_heads, n_patterns, temperature,
-                                                                previous_ranked, previous_stride, ranked, order);
-            p.logits = reinterpret_cast<const Element*>(logits);
+        [](uintptr_t class_offset, int32_t n_heads, int64_t n_patterns, uintptr_t slope, double temperature,
+           uintptr_t previous_ranked, int64_t previous_stride, uintptr_t logits, int64_t logits_stride,
+           uintptr_t ranked, uintptr_t loss, uintptr_t where) {
+            DsrLossParams<Element> p = dsr_loss_params<Element>(class_offset, n_heads, n_patterns, slope);
+            p.temperature = static_cast<Real>(temperature);
+            p.previous_ranked = at<const Element>(previous_ranked);
+            p.previous_stride = previous_stride;
+            p.logits = at<const Element>(logits);
             p.logits_stride = logits_stride;
-            p.loss = reinterpret_cast<Real*>(loss);
+            p.ranked = at<Element>(ranked);
+            p.loss = at<Real>(loss);
             kForward(p, where);
         });
     define(m, "dsr_loss_backward_" + dtype,
-        [](uintptr_t class_offset, int32_t n_heads, int64_t n_patterns, double temperature,
-                   uintptr_t previous_ranked, int64_t previous_stride, uintptr_t ranked, uintptr_t order,
-                   uintptr_t grad_loss, int64_t grad_pattern_stride, int64_t grad_head_stride, uintptr_t grad_logits,
-                   uintptr_t where) {
-            DsrLossParams<Element> p = dsr_loss_params<Element>(class_offset, n_heads, n_patterns, temperature,
-                                                                previous_ranked, previous_stride, ranked, order);
-            p.grad_loss = reinterpret_cast<const Real*>(grad_loss);
+        [](uintptr_t class_offset, int32_t n_heads, int64_t n_patterns, uintptr_t slope, uintptr_t grad_loss,
+           int64_t grad_pattern_stride, int64_t grad_head_stride, uintptr_t grad_logits, uintptr_t where) {
+            DsrLossParams<Element> p = dsr_loss_params<Element>(class_offset, n_heads, n_patterns, slope);
+            p.grad_loss = at<const Real>(grad_loss);
             p.grad_pattern_stride = grad_pattern_stride;
             p.grad_head_stride = grad_head_stride;
-            p.grad_logits = reinterpret_cast<Element*>(grad_logits);
+            p.grad_logits = at<Element>(grad_logits);
             kBackward(p, where);
         });
 }

@@ -12,6 +12,7 @@
 
 #include "block_math.h"
 #include "reflection_math.h"
+#include "thread_own.h"
 
 namespace xrdfast {
 namespace {
@@ -283,6 +284,12 @@ void convert(const From* __restrict from, int n, To* __restrict to) {
     for (int j = 0; j < n; ++j) to[j] = static_cast<To>(from[j]);
 }
 
+template <typename Real>
+void put_in_order(const Real* __restrict soft, Real scale, const Real* __restrict soft_previous, Real scale_previous,
+                  const int16_t* __restrict order, int n, Real* __restrict slope) {
+    for (int j = 0; j < n; ++j) slope[order[j]] = soft[j] * scale - soft_previous[j] * scale_previous;
+}
+
 template <typename Element, typename Real = typename DsrLossParams<Element>::Real>
 void forward_rows(const DsrLossParams<Element>& p, int64_t begin, int n_rows, Workspace<Real>& ws) {
     const Real rate = 1 / p.temperature;
@@ -298,7 +305,6 @@ void forward_rows(const DsrLossParams<Element>& p, int64_t begin, int n_rows, Wo
             const int64_t pattern = begin + row;
             Real* ranked = ws.ranked[row];
             convert(ranked, n, p.ranked + pattern * p.n_classes + first);
-            std::copy_n(ws.order[row], n, p.order + pattern * p.n_classes + first);
             const int n_padded = pad(ranked, n);
             const Real* previous = ranked;
             if (p.previous_ranked) {
@@ -308,33 +314,12 @@ void forward_rows(const DsrLossParams<Element>& p, int64_t begin, int n_rows, Wo
             }
             const Softmax<Real> softmax = soften(ranked, n_padded, rate, ws.soft);
             const Softmax<Real> softmax_previous = soften(previous, n_padded, rate, ws.soft_previous);
+            const Real scale = p.temperature / softmax.sum, scale_previous = p.temperature / softmax_previous.sum;
+            put_in_order(ws.soft, scale, ws.soft_previous, scale_previous, ws.order[row], n,
+                         p.slope + pattern * p.n_classes + first);
             p.loss[pattern * p.n_heads + head] =
                 p.temperature * p.temperature *
                 divergence(ranked, softmax, previous, softmax_previous, ws.soft_previous, n_padded, rate);
-        }
-    }
-}
-
-// dL/dz[order[j]] = T (p_j - q_j) dL/dloss
-template <typename Element, typename Real = typename DsrLossParams<Element>::Real>
-void backward_row(const DsrLossParams<Element>& p, int64_t pattern, Workspace<Real>& ws) {
-    const Real rate = 1 / p.temperature;
-    for (int head = 0; head < p.n_heads; ++head) {
-        const int64_t first = p.class_offset[head], at = pattern * p.n_classes + first;
-        const int n = static_cast<int>(p.class_offset[head + 1] - first);
-        convert(p.ranked + at, n, ws.ranked[0]);
-        convert(p.previous_ranked + pattern * p.previous_stride + first, n, ws.previous);
-        const int n_padded = pad(ws.ranked[0], n);
-        pad(ws.previous, n);
-        const Real grad = p.temperature *
-                          p.grad_loss[pattern * p.grad_pattern_stride + head * p.grad_head_stride];
-        const Real scale = grad / soften(ws.ranked[0], n_padded, rate, ws.soft).sum;
-        const Real scale_previous = grad / soften(ws.previous, n_padded, rate, ws.soft_previous).sum;
-        for (int j = 0; j < n; ++j) {
-            const uint16_t to = static_cast<uint16_t>(p.order[at + j]);
-            if (to < n)  // whatever came as an order
-                p.grad_logits[at + to] =
-                    static_cast<Element>(ws.soft[j] * scale - ws.soft_previous[j] * scale_previous);
         }
     }
 }
@@ -346,19 +331,22 @@ void dsr_loss_forward_cpu(const DsrLossParams<Element>& params, int n_threads) {
     const int64_t n_groups = (params.n_patterns + kRows - 1) / kRows;
 #pragma omp parallel for num_threads(n_threads) if (n_groups > 1 && n_threads > 1)
     for (int64_t group = 0; group < n_groups; ++group) {
-        static thread_local Workspace<typename DsrLossParams<Element>::Real> ws;
+        auto& ws = thread_own<Workspace<typename DsrLossParams<Element>::Real>>();
         const int64_t begin = group * kRows;
         forward_rows(params, begin, static_cast<int>(std::min<int64_t>(kRows, params.n_patterns - begin)), ws);
     }
 }
 
 template <typename Element>
-void dsr_loss_backward_cpu(const DsrLossParams<Element>& params, int n_threads) {
-#pragma omp parallel for num_threads(n_threads) if (params.n_patterns > kRows && n_threads > 1)
-    for (int64_t pattern = 0; pattern < params.n_patterns; ++pattern) {
-        static thread_local Workspace<typename DsrLossParams<Element>::Real> ws;
-        backward_row(params, pattern, ws);
-    }
+void dsr_loss_backward_cpu(const DsrLossParams<Element>& p, int n_threads) {
+#pragma omp parallel for num_threads(n_threads) if (p.n_patterns > kRows && n_threads > 1)
+    for (int64_t pattern = 0; pattern < p.n_patterns; ++pattern)
+        for (int head = 0; head < p.n_heads; ++head) {
+            const auto grad = p.grad_loss[pattern * p.grad_pattern_stride + head * p.grad_head_stride];
+            const int64_t begin = pattern * p.n_classes;
+            for (int64_t i = begin + p.class_offset[head]; i < begin + p.class_offset[head + 1]; ++i)
+                p.grad_logits[i] = static_cast<Element>(p.slope[i] * grad);
+        }
 }
 
 template void dsr_loss_forward_cpu(const DsrLossParams<float>&, int);

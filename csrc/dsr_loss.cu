@@ -91,10 +91,7 @@ __global__ void __launch_bounds__(kThreads) dsr_loss_forward(DsrLossParams<Eleme
         place[j] = static_cast<int16_t>(j);
     }
     sort_block(value, place, n);
-    for (int j = threadIdx.x; j < n; j += kThreads) {
-        p.ranked[at + j] = static_cast<Element>(value[j]);
-        p.order[at + j] = place[j];
-    }
+    for (int j = threadIdx.x; j < n; j += kThreads) p.ranked[at + j] = static_cast<Element>(value[j]);
     __syncthreads();  // the batch compared with itself reads what other threads wrote
 
     const Real rate = 1 / p.temperature;
@@ -103,39 +100,27 @@ __global__ void __launch_bounds__(kThreads) dsr_loss_forward(DsrLossParams<Eleme
     const Softmax<Real> soft = block_softmax(value, n, rate, partial);
     const Softmax<Real> soft_previous = block_softmax(previous, n, rate, partial);
     const Real log_sums = logarithm(soft.sum / soft_previous.sum);
+    const Real scale = p.temperature / soft.sum, scale_previous = p.temperature / soft_previous.sum;
     Real weighted = 0;
     for (int j = threadIdx.x; j < n; j += kThreads) {
+        const Real a = (value[j] - soft.largest) * rate;
         const Real b = (static_cast<Real>(previous[j]) - soft_previous.largest) * rate, q = exponential(b);
-        weighted += q == 0 ? 0 : q * (b - (value[j] - soft.largest) * rate + log_sums);
+        weighted += q == 0 ? 0 : q * (b - a + log_sums);
+        p.slope[at + place[j]] = exponential(a) * scale - q * scale_previous;
     }
     weighted = block_sum<kThreads>(weighted, partial);
     if (threadIdx.x == 0)
         p.loss[pattern * p.n_heads + head] = p.temperature * p.temperature * weighted / soft_previous.sum;
 }
 
-// dL/dz[order[j]] = T (p_j - q_j) dL/dloss
 template <typename Element>
 __global__ void __launch_bounds__(kThreads) dsr_loss_backward(DsrLossParams<Element> p) {
-    using Real = typename DsrLossParams<Element>::Real;
-    XRD_SHARED(Real, partial, kThreads / 32);
     const int64_t pattern = blockIdx.x;
     const int head = blockIdx.y;
-    const int64_t first = p.class_offset[head], at = pattern * p.n_classes + first;
-    const int n = static_cast<int>(p.class_offset[head + 1] - first);
-    const Real rate = 1 / p.temperature;
-    const Element *ranked = p.ranked + at, *previous = p.previous_ranked + pattern * p.previous_stride + first;
-    const Softmax<Real> soft = block_softmax(ranked, n, rate, partial);
-    const Softmax<Real> soft_previous = block_softmax(previous, n, rate, partial);
-    const Real grad = p.temperature * p.grad_loss[pattern * p.grad_pattern_stride + head * p.grad_head_stride];
-    const Real scale = grad / soft.sum, scale_previous = grad / soft_previous.sum;
-    for (int j = threadIdx.x; j < n; j += kThreads) {
-        const int to = p.order[at + j];
-        const Real of_ranked = exponential((static_cast<Real>(ranked[j]) - soft.largest) * rate) * scale;
-        const Real of_previous =
-            exponential((static_cast<Real>(previous[j]) - soft_previous.largest) * rate) * scale_previous;
-        if (to >= 0 && to < n)  // whatever came as an order
-            p.grad_logits[at + to] = static_cast<Element>(of_ranked - of_previous);
-    }
+    const int64_t begin = pattern * p.n_classes, end = begin + p.class_offset[head + 1];
+    const auto grad = p.grad_loss[pattern * p.grad_pattern_stride + head * p.grad_head_stride];
+    for (int64_t i = begin + p.class_offset[head] + threadIdx.x; i < end; i += kThreads)
+        p.grad_logits[i] = static_cast<Element>(p.slope[i] * grad);
 }
 
 template <typename Element>

@@ -24,14 +24,14 @@ struct DsrLossParams {
     const Element* previous_ranked;        // (n_patterns, n_classes), rows previous_stride elements apart; constant.
     int64_t previous_stride;               // Null in a forward: the batch is compared with itself.
 
-    // Written by the forward, read by the backward.
-    Element* ranked;  // (n_patterns, n_classes), ascending in each head, NaN last
-    int16_t* order;   // (n_patterns, n_classes), class within the head that each rank came from; stable
-
     // Forward.
     const Element* logits;  // (n_patterns, n_classes), rows logits_stride elements apart
     int64_t logits_stride;
-    Real* loss;  // (n_patterns, n_heads)
+    Element* ranked;  // (n_patterns, n_classes), ascending in each head, NaN last
+    Real* loss;       // (n_patterns, n_heads)
+
+    // Written by the forward, read by the backward: dloss / dlogits of each head's own loss.
+    Real* slope;  // (n_patterns, n_classes)
 
     // Backward.
     const Real* grad_loss;  // (n_patterns, n_heads), any strides, in elements
@@ -39,11 +39,13 @@ struct DsrLossParams {
     int64_t grad_head_stride;
     Element* grad_logits;  // (n_patterns, n_classes)
 };
-static_assert(kMaxHeadClasses - 1 <= INT16_MAX, "a class within a head fits in int16");
+static_assert(kMaxHeadClasses - 1 <= INT16_MAX, "a class within a head fits in the int16 of the kernels");
 
-// loss = T^2 sum_j q_j (log q_j - log p_j), p = softmax(ranked / T), q = softmax(previous_ranked / T), per head.
+// loss = T^2 sum_j q_j (log q_j - log p_j), p = softmax(ranked / T), q = softmax(previous_ranked / T), per head;
+// slope[order[j]] = T (p_j - q_j), order the stable ranking.
 template <typename Element>
 void dsr_loss_forward_cpu(const DsrLossParams<Element>& params, int n_threads);
+// grad_logits = grad_loss slope
 template <typename Element>
 void dsr_loss_backward_cpu(const DsrLossParams<Element>& params, int n_threads);
 

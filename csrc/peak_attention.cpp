@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "block_math.h"
+#include "thread_own.h"
 
 namespace xrdfast {
 namespace {
@@ -36,12 +37,6 @@ struct Workspace {
     std::vector<int32_t> key;  // places of the active patches
     AlignedBuffer<T> packed, block, rows, x, grads;
 };
-
-template <typename T>
-Workspace<T>& workspace() {
-    static thread_local Workspace<T> ws;
-    return ws;
-}
 
 // Lists the active patches, or all where none is. Returns whether any is.
 inline bool list_keys(const bool* active, int64_t n_patches, std::vector<int32_t>& key) {
@@ -142,7 +137,7 @@ struct AttendPattern {
     XRDFAST_ALWAYS_INLINE void run() const {
         using S = Simd<T, kBytes>;
         using V = typename S::Vector;
-        Workspace<T>& ws = workspace<T>();
+        Workspace<T>& ws = thread_own<Workspace<T>>();
         const int64_t n = p.n_patches, w = p.width, start = pattern * n * w;
         const bool any = list_keys(p.active + pattern * n, n, ws.key);
         const double scale = any ? 1.0 / std::sqrt(static_cast<double>(w)) : 0.0;
@@ -183,7 +178,7 @@ struct AttendPatternBackward {
         using S = Simd<T, kBytes>;
         using V = typename S::Vector;
         constexpr int64_t kBlock = S::kBlock;
-        Workspace<T>& ws = workspace<T>();
+        Workspace<T>& ws = thread_own<Workspace<T>>();
         const int64_t n = p.n_patches, w = p.width, start = pattern * n * w;
         const bool any = list_keys(p.active + pattern * n, n, ws.key);
         const double scale = any ? 1.0 / std::sqrt(static_cast<double>(w)) : 0.0;
@@ -374,7 +369,7 @@ struct EncodePattern {
     XRDFAST_ALWAYS_INLINE void run() const {
         using S = Simd<T, kBytes>;
         constexpr int64_t kBlock = S::kBlock;
-        Workspace<T>& ws = workspace<T>();
+        Workspace<T>& ws = thread_own<Workspace<T>>();
         const int64_t w = p.width, n_blocks = round_up(p.n_patches, kBlock) / kBlock, block_size = (w + 1) * kBlock;
         const int64_t scratch_rows = std::max(2 * w + 1 + std::max(kKeys, kHidden), p.patch_points);
         T* x = ws.x.reserve(n_blocks * block_size);  // blocks of (width + 1, kBlock), the last row all ones

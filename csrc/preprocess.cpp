@@ -12,6 +12,7 @@
 #include "preprocess_math.h"
 #include "reflection_math.h"
 #include "significance.h"
+#include "thread_own.h"
 
 namespace xrdfast {
 namespace {
@@ -395,7 +396,7 @@ bool angles_rise_cpu(const int64_t* offset, const double* two_theta, int64_t n_s
 void preprocess_scans_cpu(const PreprocessScansParams& params, int n_threads) {
 #pragma omp parallel for schedule(dynamic, 4) num_threads(n_threads) if (params.n_scans > 4 && n_threads > 1)
     for (int64_t i = 0; i < params.n_scans; ++i) {
-        static thread_local Workspace ws;
+        Workspace& ws = thread_own<Workspace>();
         preprocess_scan(params, i, ws);
     }
 }

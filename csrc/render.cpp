@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "reflection_math.h"
+#include "thread_own.h"
 
 namespace xrdfast {
 namespace {
@@ -95,7 +96,7 @@ void render_pattern(const RenderSticksParams& p, int64_t pattern, Workspace& ws)
 void render_sticks_cpu(const RenderSticksParams& params, int n_threads) {
 #pragma omp parallel for schedule(dynamic, 4) num_threads(n_threads) if (params.n_patterns > 4 && n_threads > 1)
     for (int64_t i = 0; i < params.n_patterns; ++i) {
-        static thread_local Workspace ws;
+        Workspace& ws = thread_own<Workspace>();
         render_pattern(params, i, ws);
     }
 }

@@ -9,6 +9,7 @@
 
 #include "reflection_math.h"
 #include "significance.h"
+#include "thread_own.h"
 
 // Tuned for a CPU with AVX-512, gcc still prefers vectors of half the width; these loops gain from the whole.
 #if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__) && !defined(XRDFAST_AOT)
@@ -321,7 +322,7 @@ void render_pattern(const RenderPatternsParams& p, int64_t pattern, Workspace& w
 void render_patterns_cpu(const RenderPatternsParams& params, int n_threads) {
 #pragma omp parallel for schedule(dynamic, 4) num_threads(n_threads) if (params.n_patterns > 4 && n_threads > 1)
     for (int64_t i = 0; i < params.n_patterns; ++i) {
-        static thread_local Workspace ws;
+        Workspace& ws = thread_own<Workspace>();
         render_pattern(params, i, ws);
     }
 }

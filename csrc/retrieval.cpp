@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "reflection_math.h"
+#include "thread_own.h"
 
 namespace xrdfast {
 namespace {
@@ -244,7 +245,7 @@ void match_scan(const MatchStructuresParams& p, int64_t scan, Workspace& w) {
 void match_structures_cpu(const MatchStructuresParams& params, int n_threads) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(n_threads) if (params.n_scans > 1 && n_threads > 1)
     for (int64_t scan = 0; scan < params.n_scans; ++scan) {
-        static thread_local Workspace workspace;
+        Workspace& workspace = thread_own<Workspace>();
         match_scan(params, scan, workspace);
     }
 }

@@ -17,6 +17,7 @@
 #include "block_math.h"
 #include "reciprocal_cell.h"
 #include "reflection_math.h"
+#include "thread_own.h"
 
 namespace xrdfast {
 namespace {
@@ -490,7 +491,7 @@ Simulated<Row> simulate_all(const StructureBatch& batch, int n_threads, Finish f
     std::atomic<int> n_begun{0};
 #pragma omp parallel num_threads(n_used) if (n_used > 1)
     {
-        static thread_local Workspace ws;
+        Workspace& ws = thread_own<Workspace>();
         const int thread = n_begun++;
         std::vector<std::vector<Row>> pieces(1);
 #pragma omp for schedule(dynamic, 1)

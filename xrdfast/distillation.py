@@ -114,7 +114,7 @@ class DSRLoss(nn.Module):
             n_common = min(len(joined), len(self.previous))
             settings = {"temperature": self.temperature, "class_offset": offset}
             if n_common:
-                row_losses, ranked, _ = dsr_loss(
+                row_losses, ranked = dsr_loss(
                     joined[:n_common], self.previous[:n_common].to(joined), **settings
                 )
                 loss = self.weight * row_losses.mean(dim=0)

@@ -56,7 +56,7 @@ def assert_as_exact_as_the_reference(got: Tensor, want32: Tensor, want64: Tensor
 def check(native: tuple, logits: Tensor, previous: Tensor | None, temperature: float, heads: tuple) -> None:
     """Forward and backward against the reference and its autograd."""
     where = (*native, logits, previous, temperature, heads)
-    loss, ranks, order = dsr._forward(*where)
+    loss, ranks, slope = dsr._forward(*where)
     results, gradients = [], []
     generator = torch.Generator().manual_seed(1)
     grad_loss = torch.randn(loss.shape, generator=generator, dtype=loss.dtype).to(logits.device)
@@ -66,15 +66,13 @@ def check(native: tuple, logits: Tensor, previous: Tensor | None, temperature: f
             dsr_loss_reference(leaf, None if previous is None else previous.to(dtype), temperature, heads)
         )
         gradients += torch.autograd.grad(results[-1][0], leaf, grad_loss.to(results[-1][0].dtype))
-    assert torch.equal(order, results[1][2])
     assert torch.equal(ranks.nan_to_num(nan=7e37), results[0][1].nan_to_num(nan=7e37))
     # A loss is T^2 times a difference of logarithms, each rounded; in double the yardstick is rounded too.
     scale = float(results[1][0].detach().nan_to_num(0.0, 0.0).abs().max()) if loss.numel() else 0.0
     rounding = torch.finfo(loss.dtype).eps * (16.0 if loss.dtype == torch.float64 else 1.0)
     losses = (result[0].detach() for result in results)
     assert_as_exact_as_the_reference(loss, *losses, rounding * (temperature**2 + scale))
-    held = ranks if previous is None else previous
-    gradient = dsr._backward(*native, grad_loss, ranks, held, order, temperature, heads)
+    gradient = dsr._backward(*native, grad_loss, slope, heads, logits.dtype)
     assert gradient.dtype == logits.dtype
     assert_as_exact_as_the_reference(gradient, *gradients, rounding * temperature * 4.0)
 
@@ -91,6 +89,17 @@ def test_sizes(native, n_classes: int) -> None:
     for dtype in (torch.float32, torch.float64):
         logits, other = batch(3, n_classes, dtype, seed=n_classes)
         check(native, logits, ranked(other, (0, n_classes)), 1.7, (0, n_classes))
+
+
+def test_nearly_equal_logits_are_ranked_to_the_last_bit(native) -> None:
+    """The float ranking sorts by the first bits of a logit and then puts its neighbours right."""
+    for n_classes in (9, 230, MAX_HEAD_CLASSES):
+        generator = torch.Generator().manual_seed(n_classes)
+        steps = torch.randint(0, 300, (4, n_classes), generator=generator) * 2.0**-23
+        logits = torch.stack(
+            [1.0 + steps[0], -1.0 - steps[1], steps[2] - 150 * 2.0**-23, 1.0 + steps[3].sort().values.flip(0)]
+        )
+        check(native, logits, ranked(logits.flip(0), (0, n_classes)), 4.0, (0, n_classes))
 
 
 def test_every_thread_order_gives_the_same(emulated, order: str) -> None:
@@ -153,15 +162,15 @@ class TestPublicFunction:
 
     def test_ranks_carry_no_gradient_and_second_derivatives_are_refused(self) -> None:
         logits, other = batch(3, 12)
-        loss, ranks, order = dsr_loss(logits.requires_grad_(), ranked(other, (0, 12)))
-        assert (loss.requires_grad, ranks.requires_grad, order.requires_grad) == (True, False, False)
+        loss, ranks = dsr_loss(logits.requires_grad_(), ranked(other, (0, 12)))
+        assert (loss.requires_grad, ranks.requires_grad) == (True, False)
         (gradient,) = torch.autograd.grad(loss.square().sum(), logits, create_graph=True)
         with pytest.raises(NotImplementedError, match="second derivatives"):
             gradient.sum().backward()
 
     def test_first_batch_is_compared_with_itself(self) -> None:
         logits = batch(3, HEADS[-1])[0].requires_grad_()
-        loss, ranks, _ = dsr_loss(logits, None, class_offset=HEADS)
+        loss, ranks = dsr_loss(logits, None, class_offset=HEADS)
         assert not loss.detach().abs().max() > 1e-6
         loss.mean().backward()
         assert not logits.grad.abs().max() > 1e-8
@@ -187,11 +196,10 @@ class TestPublicFunction:
         }
         previous = ranked(other, (0, 32))
         given = [spread[layout](x) for x in (logits, previous)]
-        (loss, *ranks), (want, *want_ranks) = (
-            dsr_loss(*x, temperature=2.0) for x in (given, [x.contiguous() for x in given])
+        results = (
+            torch.ops.xrdfast.dsr_loss(*x, 2.0, [0, 32]) for x in (given, [x.contiguous() for x in given])
         )
-        assert torch.equal(loss, want)
-        for a, b in zip(ranks, want_ranks, strict=True):
+        for a, b in zip(*results, strict=True):
             assert torch.equal(a, b)
 
     @pytest.mark.parametrize("reduce", [torch.mean, torch.sum, lambda x: (x * torch.arange(1.0, 5.0)).sum()])
@@ -214,8 +222,8 @@ def test_opcheck(dtype: torch.dtype, previous: bool) -> None:
     heads = [0, 12, 13, 19]
     memory = ranked(other, tuple(heads)) if previous else None
     torch.library.opcheck(torch.ops.xrdfast.dsr_loss.default, (logits.requires_grad_(), memory, 4.0, heads))
-    loss, ranks, order = dsr_loss(logits.detach(), memory, class_offset=heads)
-    given = (torch.ones_like(loss), ranks, ranks if memory is None else memory, order, 4.0, heads)
+    loss, _, slope = torch.ops.xrdfast.dsr_loss(logits.detach(), memory, 4.0, heads)
+    given = (torch.ones_like(loss), slope, heads, dtype)
     torch.library.opcheck(torch.ops.xrdfast.dsr_loss_backward.default, given)
 
 
@@ -295,17 +303,16 @@ def test_bad_arguments_are_named(changes: dict, error: type, message: str) -> No
 
 
 def test_the_backward_checks_what_it_gets() -> None:
-    given = [
-        torch.zeros(2, 1),
-        torch.zeros(2, 3),
-        torch.zeros(2, 3),
-        torch.zeros(2, 3, dtype=torch.int16),
-        1.0,
-        [0, 3],
-    ]
+    given = [torch.zeros(2, 1), torch.zeros(2, 3), [0, 3], torch.bfloat16]
     backward = torch.ops.xrdfast.dsr_loss_backward
-    for at, wrong in ((0, torch.zeros(2, 2)), (3, torch.zeros(2, 3, dtype=torch.int64))):
-        with pytest.raises(ValueError, match=r"dsr_loss_backward: (grad_loss|order) must be"):
+    assert backward(*given).dtype == torch.bfloat16
+    for at, wrong, error, name in (
+        (0, torch.zeros(2, 2), ValueError, "grad_loss"),
+        (1, torch.zeros(2, 3, dtype=torch.float64), ValueError, "slope"),
+        (2, [0, 4], ValueError, "class_offset"),
+        (3, torch.float16, TypeError, "dtype"),
+    ):
+        with pytest.raises(error, match=f"dsr_loss_backward: {name} must"):
             backward(*[wrong if i == at else x for i, x in enumerate(given)])
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from xrdfast import _native
-from xrdfast.ops import LIBRARY, device_stream
+from xrdfast.ops import LIBRARY, check_tensor, device_stream
 
 MAX_HEADS = 8  # these two as in csrc/dsr_loss.h
 MAX_HEAD_CLASSES = 1024
@@ -24,11 +24,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 LIBRARY.define(
     "dsr_loss(Tensor logits, Tensor? previous_ranked, float temperature, int[] class_offset) "
-    "-> (Tensor loss, Tensor ranked, Tensor order)"
+    "-> (Tensor loss, Tensor ranked, Tensor slope)"
 )
 LIBRARY.define(
-    "dsr_loss_backward(Tensor grad_loss, Tensor ranked, Tensor previous_ranked, Tensor order, float temperature, "
-    "int[] class_offset) -> Tensor"
+    "dsr_loss_backward(Tensor grad_loss, Tensor slope, int[] class_offset, ScalarType dtype) -> Tensor"
 )
 
 
@@ -38,11 +37,13 @@ def dsr_loss(
     *,
     temperature: float = 4.0,
     class_offset: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """KL divergence between the ranked, softened outputs of two batches, row by row and head by head.
 
-        s = sort(z);   p = softmax(s / T);   q = softmax(s_prev / T);   loss = T^2 sum_j q_j (log q_j - log p_j)
+        s = z[order];   p = softmax(s / T);   q = softmax(s_prev / T);   loss = T^2 sum_j q_j (log q_j - log p_j)
         dloss / dz[order[j]] = T (p_j - q_j)
+
+    The ranking is stable: equal logits (0 and -0 are) keep their order.
 
     Args:
         logits: float32, bfloat16 or float64; the classes of all heads side by side.
@@ -56,8 +57,6 @@ def dsr_loss(
         loss: (n_patterns, n_heads), float32, float64 for float64 logits.
         ranked: (n_patterns, n_classes) of the dtype of the logits, ascending in each head: the next batch's
             `previous_ranked`. No gradient.
-        order: (n_patterns, n_classes) int16, the class within its head that each rank came from. The ranking is
-            stable: equal logits (0 and -0 are) keep their order.
 
     Raises:
         TypeError: a dtype outside these; float16 is refused, as its range is too small for T^2 times a divergence.
@@ -74,13 +73,14 @@ def dsr_loss(
 
     Example:
         >>> logits = torch.tensor([[2.0, -1.0, 0.5]])
-        >>> loss, ranked, order = dsr_loss(logits, torch.tensor([[-1.0, 0.5, 2.0]]))
-        >>> loss.item(), ranked.tolist(), order.tolist()
-        (0.0, [[-1.0, 0.5, 2.0]], [[1, 2, 0]])
+        >>> loss, ranked = dsr_loss(logits, torch.tensor([[-1.0, 0.5, 2.0]]))
+        >>> loss.item(), ranked.tolist()
+        (0.0, [[-1.0, 0.5, 2.0]])
     """
     if class_offset is None:
         class_offset = (0, logits.shape[-1] if logits.ndim else 0)
-    return torch.ops.xrdfast.dsr_loss(logits, previous_ranked, temperature, class_offset)
+    loss, ranked, _ = torch.ops.xrdfast.dsr_loss(logits, previous_ranked, temperature, class_offset)
+    return loss, ranked
 
 
 def dsr_loss_reference(
@@ -88,7 +88,7 @@ def dsr_loss_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plain PyTorch, differentiable; the yardstick of the kernels."""
     real = torch.promote_types(logits.dtype, torch.float32)
-    losses, ranks, orders = [], [], []
+    losses, ranks, slopes = [], [], []
     for begin, end in itertools.pairwise(class_offset):
         ranked, order = torch.sort(logits[:, begin:end], dim=1, stable=True)
         previous = ranked.detach() if previous_ranked is None else previous_ranked[:, begin:end]
@@ -98,27 +98,17 @@ def dsr_loss_reference(
         terms = torch.where(q == 0, 0.0, q * (log_q - log_p))
         losses.append(temperature**2 * terms.sum(dim=1))
         ranks.append(ranked.detach())
-        orders.append(order.to(torch.int16))
-    return torch.stack(losses, dim=1), torch.cat(ranks, dim=1), torch.cat(orders, dim=1)
+        slope = temperature * (log_p.detach().exp() - q)
+        slopes.append(torch.empty_like(slope).scatter_(1, order, slope))
+    return torch.stack(losses, dim=1), torch.cat(ranks, dim=1), torch.cat(slopes, dim=1)
 
 
 def dsr_loss_backward_reference(
-    grad_loss: Tensor,
-    ranked: Tensor,
-    previous_ranked: Tensor,
-    order: Tensor,
-    temperature: float,
-    class_offset: Sequence[int],
+    grad_loss: Tensor, slope: Tensor, class_offset: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    """Plain PyTorch: T (p - q) of each rank, put where the rank came from."""
-    real = torch.promote_types(ranked.dtype, torch.float32)
-    heads = []
-    for head, (begin, end) in enumerate(itertools.pairwise(class_offset)):
-        p = torch.softmax(ranked[:, begin:end].to(real) / temperature, dim=1)
-        q = torch.softmax(previous_ranked[:, begin:end].to(real) / temperature, dim=1)
-        grad = temperature * (p - q) * grad_loss[:, head, None]
-        heads.append(torch.empty_like(grad).scatter_(1, order[:, begin:end].long(), grad))
-    return torch.cat(heads, dim=1).to(ranked.dtype)
+    """Plain PyTorch: each head's slope times the gradient of its loss."""
+    sizes = torch.tensor(class_offset, device=slope.device).diff()
+    return (slope * grad_loss.repeat_interleave(sizes, dim=1)).to(dtype)
 
 
 def _forward_cpu(logits, previous_ranked, temperature, class_offset):
@@ -138,26 +128,21 @@ def _forward_cuda(logits, previous_ranked, temperature, class_offset):
         return _forward(module, stream, logits, previous_ranked, temperature, class_offset)
 
 
-def _backward_cpu(grad_loss, ranked, previous_ranked, order, temperature, class_offset):
-    _check_backward(grad_loss, ranked, previous_ranked, order, temperature, class_offset)
+def _backward_cpu(grad_loss, slope, class_offset, dtype):
+    _check_backward(grad_loss, slope, class_offset, dtype)
     module = _native.cpu()
     if module is None:
-        return dsr_loss_backward_reference(
-            grad_loss, ranked, previous_ranked, order, temperature, class_offset
-        )
-    threads = torch.get_num_threads()
-    return _backward(module, threads, grad_loss, ranked, previous_ranked, order, temperature, class_offset)
+        return dsr_loss_backward_reference(grad_loss, slope, class_offset, dtype)
+    return _backward(module, torch.get_num_threads(), grad_loss, slope, class_offset, dtype)
 
 
-def _backward_cuda(grad_loss, ranked, previous_ranked, order, temperature, class_offset):
-    _check_backward(grad_loss, ranked, previous_ranked, order, temperature, class_offset)
+def _backward_cuda(grad_loss, slope, class_offset, dtype):
+    _check_backward(grad_loss, slope, class_offset, dtype)
     module = _native.cuda()
     if module is None:
-        return dsr_loss_backward_reference(
-            grad_loss, ranked, previous_ranked, order, temperature, class_offset
-        )
-    with device_stream(ranked) as stream:
-        return _backward(module, stream, grad_loss, ranked, previous_ranked, order, temperature, class_offset)
+        return dsr_loss_backward_reference(grad_loss, slope, class_offset, dtype)
+    with device_stream(slope) as stream:
+        return _backward(module, stream, grad_loss, slope, class_offset, dtype)
 
 
 def _forward(
@@ -170,45 +155,39 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits = _contiguous_rows(logits)
     previous = None if previous_ranked is None else _contiguous_rows(previous_ranked)
-    loss, ranked, order = _forward_results(logits, class_offset)
+    loss, ranked, slope = _forward_results(logits, class_offset)
     getattr(module, f"dsr_loss_forward_{_name(logits.dtype)}")(
         _int32(tuple(class_offset)).data_ptr(),
         len(class_offset) - 1,
-        len(logits),
+        logits.shape[0],
+        slope.data_ptr(),
         temperature,
         0 if previous is None else previous.data_ptr(),
         0 if previous is None else previous.stride(0),
-        ranked.data_ptr(),
-        order.data_ptr(),
         logits.data_ptr(),
         logits.stride(0),
+        ranked.data_ptr(),
         loss.data_ptr(),
         where,
     )
-    return loss, ranked, order
+    return loss, ranked, slope
 
 
 def _backward(
     module: ModuleType,
     where: int,
     grad_loss: Tensor,
-    ranked: Tensor,
-    previous_ranked: Tensor,
-    order: Tensor,
-    temperature: float,
+    slope: Tensor,
     class_offset: Sequence[int],
+    dtype: torch.dtype,
 ) -> Tensor:
-    ranked, order, previous = ranked.contiguous(), order.contiguous(), _contiguous_rows(previous_ranked)
-    grad_logits = torch.empty_like(ranked)
-    getattr(module, f"dsr_loss_backward_{_name(ranked.dtype)}")(
+    slope = slope.contiguous()
+    grad_logits = torch.empty_like(slope, dtype=dtype)
+    getattr(module, f"dsr_loss_backward_{_name(dtype)}")(
         _int32(tuple(class_offset)).data_ptr(),
         len(class_offset) - 1,
-        len(ranked),
-        temperature,
-        previous.data_ptr(),
-        previous.stride(0),
-        ranked.data_ptr(),
-        order.data_ptr(),
+        slope.shape[0],
+        slope.data_ptr(),
         grad_loss.data_ptr(),
         *grad_loss.stride(),  # of a mean, 0 and 0
         grad_logits.data_ptr(),
@@ -235,7 +214,7 @@ def _forward_results(logits: Tensor, class_offset: Sequence[int]) -> tuple[Tenso
     return (
         logits.new_empty((logits.shape[0], len(class_offset) - 1), dtype=real),
         logits.new_empty(logits.shape),
-        logits.new_empty(logits.shape, dtype=torch.int16),
+        logits.new_empty(logits.shape, dtype=real),
     )
 
 
@@ -258,35 +237,32 @@ def _check(
             )
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"dsr_loss: temperature must be finite and > 0, got {temperature}")
+    _check_heads("dsr_loss", class_offset, logits.shape[1])
+
+
+def _check_heads(op: str, class_offset: Sequence[int], n_classes: int) -> None:
     sizes = [end - begin for begin, end in itertools.pairwise(class_offset)]
-    whole = len(class_offset) > 1 and class_offset[0] == 0 and class_offset[-1] == logits.shape[1]
+    whole = len(class_offset) > 1 and class_offset[0] == 0 and class_offset[-1] == n_classes
     if not whole or len(sizes) > MAX_HEADS or min(sizes) < 1 or max(sizes) > MAX_HEAD_CLASSES:
         raise ValueError(
-            f"dsr_loss: class_offset must rise from 0 to {logits.shape[1]} over 1 to {MAX_HEADS} heads of 1 to "
+            f"{op}: class_offset must rise from 0 to {n_classes} over 1 to {MAX_HEADS} heads of 1 to "
             f"{MAX_HEAD_CLASSES:,} classes, got {list(class_offset)}"
         )
 
 
 def _check_backward(
-    grad_loss: Tensor,
-    ranked: Tensor,
-    previous_ranked: Tensor,
-    order: Tensor,
-    temperature: float,
-    class_offset: Sequence[int],
+    grad_loss: Tensor, slope: Tensor, class_offset: Sequence[int], dtype: torch.dtype
 ) -> None:
-    _check(ranked, previous_ranked, temperature, class_offset)
-    real = torch.promote_types(ranked.dtype, torch.float32)
-    rules = {
-        "grad_loss": (grad_loss, (len(ranked), len(class_offset) - 1), real),
-        "order": (order, tuple(ranked.shape), torch.int16),
-    }
-    for name, (tensor, shape, dtype) in rules.items():
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != ranked.device:
-            raise ValueError(
-                f"dsr_loss_backward: {name} must be {shape} {dtype} on {ranked.device}, "
-                f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-            )
+    op = "dsr_loss_backward"
+    if dtype not in _DTYPES:
+        raise TypeError(f"{op}: dtype must be float32, bfloat16 or float64, got {dtype}")
+    if slope.ndim != 2 or slope.dtype != torch.promote_types(dtype, torch.float32):
+        raise ValueError(
+            f"{op}: slope must be (n_patterns, n_classes) as dsr_loss makes it for {dtype}, "
+            f"got {tuple(slope.shape)} {slope.dtype}"
+        )
+    _check_heads(op, class_offset, slope.shape[1])
+    check_tensor(op, "grad_loss", grad_loss, (slope.shape[0], len(class_offset) - 1), slope)
 
 
 LIBRARY.impl("dsr_loss", _forward_cpu, "CPU")
@@ -301,20 +277,21 @@ def _dsr_loss_fake(logits, previous_ranked, temperature, class_offset):
 
 
 @torch.library.register_fake("xrdfast::dsr_loss_backward")
-def _dsr_loss_backward_fake(grad_loss, ranked, previous_ranked, order, temperature, class_offset):
-    return torch.empty_like(ranked)
+def _dsr_loss_backward_fake(grad_loss, slope, class_offset, dtype):
+    return torch.empty_like(slope, dtype=dtype)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, previous_ranked, ctx.temperature, ctx.class_offset = inputs
-    _, ranked, order = output
-    ctx.mark_non_differentiable(ranked, order)
-    ctx.save_for_backward(ranked, ranked if previous_ranked is None else previous_ranked, order)
+    logits, _, _, ctx.class_offset = inputs
+    _, ranked, slope = output
+    ctx.dtype = logits.dtype
+    ctx.mark_non_differentiable(ranked, slope)
+    ctx.save_for_backward(slope)
 
 
-def _gradient(ctx, grad_loss, _grad_ranked, _grad_order):
+def _gradient(ctx, grad_loss, _grad_ranked, _grad_slope):
     grad_logits = torch.ops.xrdfast.dsr_loss_backward(
-        grad_loss, *ctx.saved_tensors, ctx.temperature, ctx.class_offset
+        grad_loss, *ctx.saved_tensors, ctx.class_offset, ctx.dtype
     )
     return grad_logits, None, None, None
 
