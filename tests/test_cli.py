@@ -149,6 +149,24 @@ def test_simulate_writes_store_and_lists(tmp_path):
     assert not (tmp_path / "salt.disagreements.jsonl").exists()
 
 
+def test_files_of_one_name_in_two_folders(tmp_path):
+    """One that is rejected must not hide the other; a run that simulates nothing keeps the earlier store."""
+    for folder, text in (("a", SALT.format(number=225)), ("b", "data_x\n_cell_length_a 3\n")):
+        (tmp_path / "cifs" / folder).mkdir(parents=True)
+        (tmp_path / "cifs" / folder / "salt.cif").write_text(text)
+    out = tmp_path / "x.store.safetensors"
+    text = succeed("simulate", tmp_path / "cifs", "-o", out, "--workers", 1)
+    assert "1 patterns, 1 structures rejected" in text
+    assert PatternStore.open(out).ids == ["a/salt.cif"]
+    (row,) = map(json.loads, (tmp_path / "x.rejected.jsonl").read_text().splitlines())
+    assert row["id"] == "b/salt.cif"
+    whole = out.read_bytes()
+    empty = tmp_path / "cifs" / "a" / "salt.cif"
+    message = refuse("simulate", empty, "-o", out, "--workers", 1, "--wavelength", 40)
+    assert f"{out}: structures: must be at least one that can be simulated, got none" in message
+    assert "salt.cif: " in message and out.read_bytes() == whole
+
+
 def test_generate_and_move_sites(tmp_path):
     out = tmp_path / "synthetic.safetensors"
     text = succeed("generate", "--groups", "2,4-5", "--count", 2, "-o", out)
@@ -184,6 +202,7 @@ def test_simulate_lines(tmp_path):
     path.write_text(SALT.format(number=225))
     lines = succeed("simulate", path, "--lines", "--radiation", "CuKa").splitlines()
     assert lines[0] == "two_theta,d_spacing,intensity,h,k,l"
+    assert "--variants goes with" in refuse("simulate", path, "--lines", "--variants", 2)
     first = lines[1].split(",")
     assert first[3:] == ["1", "1", "1"] and float(first[1]) == pytest.approx(5.6402 / 3**0.5, abs=1e-5)
     succeed("simulate", path, "--lines", "-o", tmp_path / "salt.csv", "--two-theta-max", 60)

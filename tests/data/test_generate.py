@@ -152,6 +152,12 @@ def test_what_cannot_be_simulated_is_listed(crystals: PackedStructures, tmp_path
     assert [entry.id for entry in rejected] == [names[1], names[4], names[6]]
     assert "lattice" in rejected[0].reason
     assert "structure factor" in rejected[2].reason
+    whole = path.read_bytes()
+    with pytest.raises(
+        InputError, match=f"one that can be simulated, got none; the first reason: {names[1]}"
+    ):
+        generate_store(broken[[1, 4]], path)
+    assert path.read_bytes() == whole
     store = PatternStore.open(path)
     kept = torch.tensor([0, 2, 3, 5, 7])
     assert store.ids == [names[i] for i in kept]

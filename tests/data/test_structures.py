@@ -120,9 +120,9 @@ DAMAGE = {
     "z_float": ({"z": np.ones(6)}, "z: must be"),
     "z_large": ({"z": np.full(6, 257)}, "z: must be in 0..255, got 257..257"),
     "frac_text": ({"frac": np.full((6, 3), "a")}, "frac: must be"),
-    "frac_short": ({"frac": np.zeros((5, 3))}, "fractional: must be"),
+    "frac_short": ({"frac": np.zeros((5, 3))}, "frac: must have as many rows as z, 6, got 5"),
     "id_numbers": ({"id": np.arange(3)}, "id: must be"),
-    "ids_few": ({"id": np.array(["a", "b"])}, "ids: must be 3 texts, got 2"),
+    "ids_few": ({"id": np.array(["a", "b"])}, "id: must have as many rows as lattice, 3, got 2"),
     "offset_end": ({"offset": np.array([0, 2, 4, 7])}, "offset: must rise from 0 to 6"),
     "offset_begin": ({"offset": np.array([1, 2, 4, 6])}, "offset: must rise"),
     "offset_falls": ({"offset": np.array([0, 4, 2, 6])}, "offset: must rise"),
@@ -132,7 +132,7 @@ DAMAGE = {
     "label": ({"sg_01": np.array([1, 2, 231])}, "sg_01: must be in 0..230, got 1..231"),
     "label_wraps": ({"sg_01": np.array([1, 2, 65537])}, "sg_01: must be in 0..230"),
     "label_text": ({"sg_01": np.array(["a", "b", "c"])}, "sg_01: must be"),
-    "label_short": ({"sg_01": np.array([1, 2])}, "space_group_01: must be"),
+    "label_short": ({"sg_01": np.array([1, 2])}, "sg_01: must have as many rows"),
     "fold": ({"fold": np.array([0, 1, 10])}, "fold: must be in -1..9"),
     "pickle": (
         {"formula": np.array([{}, {}, {}], dtype=object)},
@@ -208,7 +208,7 @@ def test_structures_with_faults_are_left_out(tmp_path):
     np.savez(tmp_path / "x.npz", **content)
     structures, rejected = load_structures(tmp_path / "x.npz")
     assert structures.ids == ["x/0", "x/2"]
-    assert rejected == [("x/1", "fractional: must be finite")]
+    assert rejected == [("x/1", "fractional: must be finite, below 1000")]
 
 
 def test_paths_that_cannot_be_are_refused(tmp_path):

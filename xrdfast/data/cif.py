@@ -78,7 +78,7 @@ class _Sites(NamedTuple):
     b_iso: NDArray[np.float64]  # (n,) Angstrom^2
 
 
-def read_cif(path: str | Path) -> tuple[PackedStructures, list[Rejected]]:
+def read_cif(path: str | Path, name: str | None = None) -> tuple[PackedStructures, list[Rejected]]:
     """Reads every structure of a CIF.
 
     Listed symmetry operators come first, then the Hall symbol, the Hermann-Mauguin symbol with its setting,
@@ -92,6 +92,7 @@ def read_cif(path: str | Path) -> tuple[PackedStructures, list[Rejected]]:
 
     Args:
         path: a text file of at most 64 MB, with at most 1,000 blocks and 20,000 atoms a cell.
+        name: what structures are called; None for the file's name.
 
     Returns:
         The structures, named `file.cif`, or `file.cif#block` where several blocks have atoms, without labels;
@@ -105,6 +106,7 @@ def read_cif(path: str | Path) -> tuple[PackedStructures, list[Rejected]]:
         Trueblood et al., Acta Cryst. A52, 770 (1996): B = 8 pi^2 U and U_equiv.
     """
     path = Path(path)
+    file = path.name if name is None else name
     blocks = _read_blocks(path)
     with_atoms = [block for block in blocks if column_of(block, "_atom_site_fract_x")]
     lattices, atoms, ids, families, numbers, rejected = [], [], [], [], [], []
@@ -112,7 +114,7 @@ def read_cif(path: str | Path) -> tuple[PackedStructures, list[Rejected]]:
         if with_atoms and not _has_sites(block):
             continue
         alone = len(with_atoms) == 1 and block is with_atoms[0]
-        name = path.name if alone or len(blocks) == 1 else f"{path.name}#{block.name}"
+        name = file if alone or len(blocks) == 1 else f"{file}#{block.name}"
         try:
             lattice, sites, number = _read_block(block)
         except InputError as error:

@@ -175,7 +175,7 @@ class PackedStructures:
         volume = torch.linalg.det(torch.nan_to_num(self.lattice)).abs()
         lattice_bad = ~torch.isfinite(self.lattice).all(2).all(1) | (volume < _MIN_VOLUME)
         atom_rules = [
-            (~torch.isfinite(self.fractional).all(1), "fractional: must be finite"),
+            (~(self.fractional.abs() < 1000.0).all(1), "fractional: must be finite, below 1000"),
             (
                 (number < 1) | (number > MAX_ATOMIC_NUMBER),
                 f"atomic_number: must be in 1..{MAX_ATOMIC_NUMBER}",
@@ -226,7 +226,8 @@ def load_structures(
 ) -> tuple[PackedStructures, list[Rejected]]:
     """Structures of files and folders: .cif, packed .npz and packed .safetensors.
 
-    Folders are searched for .cif and .npz, recursively, in sorted order, without following links to folders.
+    Folders are searched for .cif and .npz, recursively, in sorted order, without following links to folders;
+    structures of a CIF are called by its place in the folder.
 
     Args:
         paths: one path or several.
@@ -245,7 +246,7 @@ def load_structures(
     if not files:
         raise InputError("structures: paths: must be at least one, got none")
     parts, rejected = [], []
-    for done, file in enumerate(files, 1):
+    for done, (file, name) in enumerate(files, 1):
         refused: list[Rejected] = []
         if file.suffix.lower() == ".npz":
             part = read_npz(file)
@@ -253,10 +254,10 @@ def load_structures(
             part = PackedStructures.load(file)
         else:
             try:
-                part, refused = read_cif(file)
+                part, refused = read_cif(file, name)
             except InputError as error:
                 part = from_arrays([], [], [])
-                refused = [Rejected(file.name, str(error).removeprefix(f"{file}: "))]
+                refused = [Rejected(name, str(error).removeprefix(f"{file}: "))]
         faults = part.faults()
         rejected += [*refused, *(Rejected(part.ids[row], reason) for row, reason in sorted(faults.items()))]
         if faults:
@@ -267,7 +268,7 @@ def load_structures(
     structures = PackedStructures.concatenate(parts)
     if len(structures) == 0:
         reason = f"; the first reason: {rejected[0].id}: {rejected[0].reason}" if rejected else ""
-        raise InputError(f"{files[0]}: structures: must be at least one, got none{reason}")
+        raise InputError(f"{files[0][0]}: structures: must be at least one, got none{reason}")
     return structures, rejected
 
 
@@ -442,20 +443,21 @@ def _joined_offsets(offsets: Sequence[Tensor]) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat([o.diff() for o in offsets]).cumsum(0)])
 
 
-def _structure_files(paths: Iterable[str | Path]) -> Iterator[Path]:
+def _structure_files(paths: Iterable[str | Path]) -> Iterator[tuple[Path, str]]:
+    """Files, and what they are called."""
     for path in map(Path, paths):
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".cif", ".npz") and p.is_file())
             if not found:
                 raise InputError(f"{path}: folder: must hold .cif or packed .npz files, got none")
-            yield from found
+            yield from ((file, file.relative_to(path).as_posix()) for file in found)
         elif not path.exists():
             raise InputError(f"{path}: file: must exist, got none")
         elif path.suffix.lower() not in (".cif", ".npz", ".safetensors"):
             got = path.suffix or "no suffix"
             raise InputError(f"{path}: type: must be .cif, .npz or .safetensors, got {got}")
         else:
-            yield path
+            yield path, path.name
 
 
 def check_packed(path: Path, structures: PackedStructures) -> None:
