@@ -362,7 +362,24 @@ def test_bad_stores_and_models(tmp_path, model, tiny_presets):
         store.write_bytes(whole[:size])
         message = refuse("evaluate", model, store)
         assert str(store) in message and "must be a whole safetensors file" in message
+    config, library = tmp_path / "run.toml", tmp_path / "known.safetensors"
+    config.write_text(CONFIG.format(store=store))
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    for name in ("hkl_multiplicity", "f_squared"):  # what is not read when a store is opened
+        at = begin + json.loads(whole[8:begin])[name]["data_offsets"][0]
+        store.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        for words in (
+            ("evaluate", model, store),
+            ("train", config, "-o", tmp_path / "run"),
+            ("library", store, "-o", library),
+        ):
+            assert f"{store}: {name}: must match its checksum" in refuse(*words)
     store.write_bytes(whole)
+    assert "format: must be xrdfast-library, got xrdfast-model" in refuse(
+        "predict", sticks, "--model", model, "--library", model
+    )
+    assert "format: must be xrdfast structures, got xrdfast-model" in refuse("simulate", model, "-o", store)
+    assert f"{tmp_path}: file: must be readable, got Is a directory" in refuse("evaluate", model, tmp_path)
     assert "format: must be xrdfast-store" in refuse("evaluate", model, model)
     assert "format: must be xrdfast-model" in refuse("evaluate", store, store)
     assert "must be readable" in refuse("evaluate", model, tmp_path / "none.store.safetensors")

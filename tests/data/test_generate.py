@@ -328,7 +328,8 @@ def test_a_grid_beyond_the_store_is_refused(
 ) -> None:
     path = tmp_path / "narrow.store.safetensors"
     generate_store(crystals, path, simulation=SimulationConfig(two_theta_max=60.0))
-    with pytest.raises(ValueError, match=r"PatternSource: grid must lie in 5.0..60.0 degrees, got 5.0..90.0"):
+    rule = r"narrow.*: simulation: must hold the model's axis, 5..90 degrees, got 5..60"
+    with pytest.raises(InputError, match=rule):
         PatternSource(PatternStore.open(path))
     PatternSource(PatternStore.open(path), Grid(two_theta_max=60.0))
 

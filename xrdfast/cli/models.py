@@ -104,6 +104,7 @@ def evaluate(
 
     predictor = SymmetryPredictor.load(run, local_device("auto"))
     store = PatternStore.open(list(stores))
+    store.verify()
     rows = store.select(folds)
     if len(rows) == 0:
         raise InputError(f"{stores[0]}: fold: must hold labelled patterns of folds {folds}, got none")

@@ -188,8 +188,10 @@ def library(paths: tuple[Path, ...], output: Path, workers: int | None) -> None:
             with progress_bar("simulating", "structures") as progress:
                 rejected += generate_store(structures, stores[0], progress=progress)
             n_rejected = len(rejected)
+        store = PatternStore.open(stores)
+        store.verify()
         with progress_bar("lines", "structures") as progress:
-            known = KnownStructures.build(PatternStore.open(stores), progress)
+            known = KnownStructures.build(store, progress)
     known.save(output)
     click.echo(f"{output}: {len(known)} structures, {n_rejected} rejected")
 

@@ -123,7 +123,8 @@ class PatternSource:
         device: where patterns are rendered; only families and draws, made on the CPU, go there.
 
     Raises:
-        ValueError: for an axis that reaches beyond the angles the store was simulated for, or an unknown profile.
+        InputError: for a store that was simulated for fewer angles than the axis has.
+        ValueError: for an unknown profile.
     """
 
     def __init__(
@@ -139,9 +140,10 @@ class PatternSource:
         self.augment = augment or AugmentConfig()
         simulated = store.simulation.two_theta_min, store.simulation.two_theta_max
         if self.grid.two_theta_min < simulated[0] or self.grid.two_theta_max > simulated[1]:
-            raise ValueError(
-                f"PatternSource: grid must lie in {simulated[0]}..{simulated[1]} degrees, "
-                f"got {self.grid.two_theta_min}..{self.grid.two_theta_max}"
+            needed = f"{self.grid.two_theta_min:g}..{self.grid.two_theta_max:g} degrees"
+            raise InputError(
+                f"{', '.join(map(str, store.paths))}: simulation: must hold the model's axis, {needed}, "
+                f"got {simulated[0]:g}..{simulated[1]:g}"
             )
         if self.augment.profile not in ("sticks", *PROFILES):
             raise ValueError(

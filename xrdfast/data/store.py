@@ -27,10 +27,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from xrdfast.data.files import write_atomically
+from xrdfast.data.files import open_safetensors, write_atomically
 from xrdfast.data.folds import N_FOLDS
 from xrdfast.errors import InputError
 from xrdfast.symmetry import N_SPACE_GROUPS
@@ -268,7 +267,8 @@ class PatternStore:
     def open(cls, paths: str | Path | Sequence[str | Path]) -> PatternStore:
         """Opens one store or several of equal simulation settings.
 
-        Everything small is read and checked against its checksum; families are mapped, see `verify`.
+        Everything small is read and checked against its checksum; families are mapped, and `verify` checks them:
+        training, evaluation and libraries do so first.
 
         Raises:
             InputError: for a file that is missing, cut short, of another kind or version, or inconsistent.
@@ -383,10 +383,6 @@ class _StoreFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         metadata, self.tensors = self._mapped()
-        if metadata.get("format") != FORMAT:
-            raise InputError(
-                f"{path}: format: must be {FORMAT}, got {metadata.get('format', 'another safetensors file')}"
-            )
         if metadata.get("version") != VERSION:
             raise InputError(f"{path}: version: must be {VERSION}, got {metadata.get('version')}")
         try:
@@ -402,16 +398,9 @@ class _StoreFile:
         self._check_values()
 
     def _mapped(self) -> tuple[dict[str, str], dict[str, Tensor]]:
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                names = set(file.keys())
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in _LAYOUT if name in names}
-        except OSError as error:
-            raise InputError(f"{self.path}: file: must be readable, got {error.strerror or error}") from error
-        except SafetensorError as error:
-            raise InputError(f"{self.path}: file: must be a whole safetensors file, got {error}") from error
-        return metadata, tensors
+        with open_safetensors(self.path, FORMAT) as (file, metadata):
+            names = set(file.keys())
+            return metadata, {name: file.get_tensor(name) for name in _LAYOUT if name in names}
 
     def _check_shapes(self) -> None:
         rows = {name: len(tensor) for name, tensor in self.tensors.items() if tensor.dim()}

@@ -208,9 +208,7 @@ class PackedStructures:
             InputError: for a file that is not such a file, cut short, or changed.
         """
         path = Path(path)
-        tensors, metadata = load_checked(path)
-        if metadata.get("format") != FORMAT:
-            raise InputError(f"{path}: format: must be '{FORMAT}', got {metadata.get('format')!r}")
+        tensors, _ = load_checked(path, FORMAT)
         try:
             strings = json.loads(tensors.pop("strings").numpy().tobytes())
             fields = {name: [str(text) for text in strings[name]] for name in _STRINGS} | tensors

@@ -97,6 +97,7 @@ class Trainer:
         self._processes = Processes(self.device)
 
         self.store = PatternStore.open(config.data.stores)
+        self.store.verify()
         self.source = PatternSource(self.store, augment=config.augment, device=self.device)
         self.training, self.validation = self.store.split(
             config.data.folds_validation, clean=config.data.clean
