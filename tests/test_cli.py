@@ -398,6 +398,34 @@ def test_bad_stores_and_models(tmp_path, model, tiny_presets):
     assert "must be readable" in refuse("train", tmp_path / "none.toml", "-o", tmp_path / "run")
 
 
+def test_export(tmp_path, model):
+    half, program = tmp_path / "half.safetensors", tmp_path / "model.pt2"
+    assert "float16" in succeed("export", model, "-o", half)
+    assert half.stat().st_size < 0.6 * model.stat().st_size
+    assert "not calibrated" in succeed("export", model, "-o", program)
+    assert torch.export.load(program).module()(torch.zeros(1, 8500))[0].shape == (1, 230)
+    assert "must end in one of .safetensors, .onnx, .pt2, got .bin" in refuse(
+        "export", model, "-o", tmp_path / "a.bin"
+    )
+    paper = tmp_path / "paper.safetensors"
+    save_model(paper, build_model("paper"), ModelCard("paper", CARD.wavelength, CARD.grid))
+    message = refuse("export", paper, "-o", tmp_path / "a.onnx")
+    assert message.startswith(f"{paper}: model: must be a fixed graph, got the preset paper")
+
+
+@pytest.mark.parametrize("verb", ["export", "simulate", "evaluate", "predict"])
+def test_outputs_are_checked_before_the_work(tmp_path, verb):
+    nowhere = tmp_path / "none" / "x.safetensors"
+    words = {
+        "export": ("m", "-o", nowhere),
+        "simulate": ("a.cif", "-o", nowhere),
+        "evaluate": ("m", "s", "--json", nowhere),
+        "predict": ("a.xy", "--plot", nowhere),
+    }[verb]
+    message = refuse(verb, *words)
+    assert message.startswith(f"{nowhere}: --") and "must lie in a folder that exists" in message
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_full_disk(tmp_path, model, monkeypatch):
     """The device that is always full stands in for the disk; what was there before is still there."""
@@ -406,6 +434,8 @@ def test_full_disk(tmp_path, model, monkeypatch):
     cif.write_text(SALT.format(number=225))
     sticks.write_text(STICKS)
     plot.write_bytes(b"earlier")
+    exported = tmp_path / "a.pt2"
+    exported.write_bytes(b"earlier")
     store.write_bytes(b"earlier")
     import builtins
 
@@ -417,10 +447,11 @@ def test_full_disk(tmp_path, model, monkeypatch):
 
     monkeypatch.setattr(builtins, "open", full_open)
     assert "No space left" in refuse("predict", sticks, "--model", model, "--plot", plot)
+    assert "No space left" in refuse("export", model, "-o", exported)
     result = run("simulate", cif, "-o", store, "--workers", 1)
     assert result.exit_code == 2 and "No space left" in result.stderr
     monkeypatch.undo()
-    assert plot.read_bytes() == b"earlier" and store.read_bytes() == b"earlier"
+    assert plot.read_bytes() == exported.read_bytes() == b"earlier" and store.read_bytes() == b"earlier"
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
 
 
