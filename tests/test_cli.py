@@ -455,6 +455,22 @@ def test_full_disk(tmp_path, model, monkeypatch):
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_standard_output_that_is_full_or_closed(tmp_path, model):
+    sticks = tmp_path / "a.xy"
+    sticks.write_text(STICKS)
+    command = f"{sys.executable} -m xrdfast predict {sticks} --model {model}"
+    for redirection, code, message in (
+        (">/dev/full", 2, "xrdfast: error: standard output: file: must be accessible, got No space left"),
+        (">&-", 0, ""),
+    ):
+        done = subprocess.run(
+            f"{command} {redirection}", shell=True, cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code and done.stderr.startswith(message)
+        assert "Traceback" not in done.stderr
+
+
 def test_usage_errors_are_one_line(tmp_path):
     assert "Missing argument" in refuse("predict")
     assert "No such option" in refuse("predict", "x.xy", "--nothing")
