@@ -376,6 +376,18 @@ def test_ase_there():
     np.testing.assert_allclose(packed.lattice[0].numpy(), np.diag([3.0, 4.0, 5.0]))
 
 
+def test_one_structure_is_no_list_of_them():
+    one = Structure(Lattice.cubic(4.0), ["Na"], [[0, 0, 0]])
+    for structures in (one, ["Na"], [one, 3]):
+        with pytest.raises(TypeError, match="from_pymatgen: structures must be a list of Structures"):
+            from_pymatgen(structures)
+    for atoms in (ase.Atoms("Na", cell=[4, 4, 4]), ["Na"]):
+        with pytest.raises(TypeError, match="from_ase: atoms must be a list of Atoms"):
+            from_ase(atoms)
+    with pytest.raises(ValueError, match="from_arrays: ids must have 2 rows as lattices, got 1"):
+        from_pymatgen([one, one], ["a"])
+
+
 def test_atomic_numbers_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"from_arrays: atomic numbers must be in 0\.\.255, got 300"):
         from_arrays([np.eye(3)], [(np.array([300]), np.zeros((1, 3)), np.ones(1), np.zeros(1))], ["a"])

@@ -288,9 +288,12 @@ def from_arrays(
         space_group_published: stated numbers; None for none.
 
     Raises:
-        ValueError: for an atomic number outside 0..255.
+        ValueError: for an atomic number outside 0..255, or lengths that differ.
     """
     n = len(lattices)
+    for name, rows in (("atoms", atoms), ("ids", ids), ("family", family)):
+        if rows is not None and len(rows) != n:
+            raise ValueError(f"from_arrays: {name} must have {n} rows as lattices, got {len(rows)}")
     counts = [len(a[0]) for a in atoms]
     columns = [
         np.concatenate([np.zeros(0), *(np.asarray(a[i], np.float64) for a in atoms)]) for i in (0, 2, 3)
@@ -325,8 +328,13 @@ def from_pymatgen(structures: Sequence[Structure], ids: Sequence[str] | None = N
     """Packs pymatgen structures; mixed sites become several rows at one place.
 
     Raises:
-        ValueError: for a species that is no element.
+        TypeError: for anything but several Structures.
+        ValueError: for a species that is no element, or another number of ids.
     """
+    from pymatgen.core import IStructure
+
+    if isinstance(structures, IStructure) or not all(isinstance(one, IStructure) for one in structures):
+        raise TypeError("from_pymatgen: structures must be a list of Structures, got something else")
     atoms = []
     for structure in structures:
         rows = []
@@ -357,7 +365,16 @@ def to_pymatgen(structure: PackedStructures) -> Structure:
 
 
 def from_ase(atoms: Sequence[Atoms], ids: Sequence[str] | None = None) -> PackedStructures:
-    """Packs ASE Atoms with full occupancy."""
+    """Packs ASE Atoms with full occupancy.
+
+    Raises:
+        TypeError: for anything but several Atoms.
+        ValueError: for another number of ids.
+    """
+    from ase import Atoms
+
+    if isinstance(atoms, Atoms) or not all(isinstance(one, Atoms) for one in atoms):
+        raise TypeError("from_ase: atoms must be a list of Atoms, got something else")
     parts = [(a.numbers, a.get_scaled_positions(wrap=True), np.ones(len(a)), np.zeros(len(a))) for a in atoms]
     names = list(ids) if ids is not None else [f"structure-{i}" for i in range(len(parts))]
     return from_arrays([np.asarray(a.cell) for a in atoms], parts, names)
