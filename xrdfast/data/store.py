@@ -347,8 +347,8 @@ class PatternStore:
         """Training and validation indices: the patterns outside and inside the given folds.
 
         Raises:
-            InputError: where patterns have no fold, or a formula lies on both sides (stores whose folds were
-                not assigned together).
+            InputError: where patterns have no fold, or a formula or family lies on both sides (stores whose folds
+                were not assigned together).
         """
         selected = self.select(clean=clean)
         fold = self.fold[selected]
@@ -357,12 +357,13 @@ class PatternStore:
             raise InputError(f"{self._names()}: fold: must be assigned for a split, got -1 for {first}")
         held_out = torch.isin(fold, torch.tensor(sorted(validation_folds), dtype=fold.dtype))
         training, validation = selected[~held_out], selected[held_out]
-        shared = {self.formula[i] for i in training.tolist()} & {self.formula[i] for i in validation.tolist()}
-        if shared:
-            raise InputError(
-                f"{self._names()}: fold: must be one for equal formulas (simulate into one store), "
-                f"got two for {min(shared)}"
-            )
+        for kind, names in (("formulas", self.formula), ("families", self.family)):
+            shared = {names[i] for i in training.tolist()} & {names[i] for i in validation.tolist()} - {""}
+            if shared:
+                raise InputError(
+                    f"{self._names()}: fold: must be one for equal {kind} (simulate into one store), "
+                    f"got two for {min(shared)}"
+                )
         return training, validation
 
     def group_counts(self, indices: Tensor | None = None) -> Tensor:
