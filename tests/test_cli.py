@@ -149,6 +149,24 @@ def test_simulate_writes_store_and_lists(tmp_path):
     assert not (tmp_path / "salt.disagreements.jsonl").exists()
 
 
+def test_files_of_one_name_in_two_folders(tmp_path):
+    """One that is rejected must not hide the other; a run that simulates nothing keeps the earlier store."""
+    for folder, text in (("a", SALT.format(number=225)), ("b", "data_x\n_cell_length_a 3\n")):
+        (tmp_path / "cifs" / folder).mkdir(parents=True)
+        (tmp_path / "cifs" / folder / "salt.cif").write_text(text)
+    out = tmp_path / "x.store.safetensors"
+    text = succeed("simulate", tmp_path / "cifs", "-o", out, "--workers", 1)
+    assert "1 patterns, 1 structures rejected" in text
+    assert PatternStore.open(out).ids == ["a/salt.cif"]
+    (row,) = map(json.loads, (tmp_path / "x.rejected.jsonl").read_text().splitlines())
+    assert row["id"] == "b/salt.cif"
+    whole = out.read_bytes()
+    empty = tmp_path / "cifs" / "a" / "salt.cif"
+    message = refuse("simulate", empty, "-o", out, "--workers", 1, "--wavelength", 40)
+    assert f"{out}: structures: must be at least one that can be simulated, got none" in message
+    assert "salt.cif: " in message and out.read_bytes() == whole
+
+
 def test_generate_and_move_sites(tmp_path):
     out = tmp_path / "synthetic.safetensors"
     text = succeed("generate", "--groups", "2,4-5", "--count", 2, "-o", out)
@@ -184,6 +202,7 @@ def test_simulate_lines(tmp_path):
     path.write_text(SALT.format(number=225))
     lines = succeed("simulate", path, "--lines", "--radiation", "CuKa").splitlines()
     assert lines[0] == "two_theta,d_spacing,intensity,h,k,l"
+    assert "--variants goes with" in refuse("simulate", path, "--lines", "--variants", 2)
     first = lines[1].split(",")
     assert first[3:] == ["1", "1", "1"] and float(first[1]) == pytest.approx(5.6402 / 3**0.5, abs=1e-5)
     succeed("simulate", path, "--lines", "-o", tmp_path / "salt.csv", "--two-theta-max", 60)
@@ -343,7 +362,24 @@ def test_bad_stores_and_models(tmp_path, model, tiny_presets):
         store.write_bytes(whole[:size])
         message = refuse("evaluate", model, store)
         assert str(store) in message and "must be a whole safetensors file" in message
+    config, library = tmp_path / "run.toml", tmp_path / "known.safetensors"
+    config.write_text(CONFIG.format(store=store))
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    for name in ("hkl_multiplicity", "f_squared"):  # what is not read when a store is opened
+        at = begin + json.loads(whole[8:begin])[name]["data_offsets"][0]
+        store.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        for words in (
+            ("evaluate", model, store),
+            ("train", config, "-o", tmp_path / "run"),
+            ("library", store, "-o", library),
+        ):
+            assert f"{store}: {name}: must match its checksum" in refuse(*words)
     store.write_bytes(whole)
+    assert "format: must be xrdfast-library, got xrdfast-model" in refuse(
+        "predict", sticks, "--model", model, "--library", model
+    )
+    assert "format: must be xrdfast structures, got xrdfast-model" in refuse("simulate", model, "-o", store)
+    assert f"{tmp_path}: file: must be readable, got Is a directory" in refuse("evaluate", model, tmp_path)
     assert "format: must be xrdfast-store" in refuse("evaluate", model, model)
     assert "format: must be xrdfast-model" in refuse("evaluate", store, store)
     assert "must be readable" in refuse("evaluate", model, tmp_path / "none.store.safetensors")
@@ -362,6 +398,34 @@ def test_bad_stores_and_models(tmp_path, model, tiny_presets):
     assert "must be readable" in refuse("train", tmp_path / "none.toml", "-o", tmp_path / "run")
 
 
+def test_export(tmp_path, model):
+    half, program = tmp_path / "half.safetensors", tmp_path / "model.pt2"
+    assert "float16" in succeed("export", model, "-o", half)
+    assert half.stat().st_size < 0.6 * model.stat().st_size
+    assert "not calibrated" in succeed("export", model, "-o", program)
+    assert torch.export.load(program).module()(torch.zeros(1, 8500))[0].shape == (1, 230)
+    assert "must end in one of .safetensors, .onnx, .pt2, got .bin" in refuse(
+        "export", model, "-o", tmp_path / "a.bin"
+    )
+    paper = tmp_path / "paper.safetensors"
+    save_model(paper, build_model("paper"), ModelCard("paper", CARD.wavelength, CARD.grid))
+    message = refuse("export", paper, "-o", tmp_path / "a.onnx")
+    assert message.startswith(f"{paper}: model: must be a fixed graph, got the preset paper")
+
+
+@pytest.mark.parametrize("verb", ["export", "simulate", "evaluate", "predict"])
+def test_outputs_are_checked_before_the_work(tmp_path, verb):
+    nowhere = tmp_path / "none" / "x.safetensors"
+    words = {
+        "export": ("m", "-o", nowhere),
+        "simulate": ("a.cif", "-o", nowhere),
+        "evaluate": ("m", "s", "--json", nowhere),
+        "predict": ("a.xy", "--plot", nowhere),
+    }[verb]
+    message = refuse(verb, *words)
+    assert message.startswith(f"{nowhere}: --") and "must lie in a folder that exists" in message
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_full_disk(tmp_path, model, monkeypatch):
     """The device that is always full stands in for the disk; what was there before is still there."""
@@ -370,6 +434,8 @@ def test_full_disk(tmp_path, model, monkeypatch):
     cif.write_text(SALT.format(number=225))
     sticks.write_text(STICKS)
     plot.write_bytes(b"earlier")
+    exported = tmp_path / "a.pt2"
+    exported.write_bytes(b"earlier")
     store.write_bytes(b"earlier")
     import builtins
 
@@ -381,11 +447,28 @@ def test_full_disk(tmp_path, model, monkeypatch):
 
     monkeypatch.setattr(builtins, "open", full_open)
     assert "No space left" in refuse("predict", sticks, "--model", model, "--plot", plot)
+    assert "No space left" in refuse("export", model, "-o", exported)
     result = run("simulate", cif, "-o", store, "--workers", 1)
     assert result.exit_code == 2 and "No space left" in result.stderr
     monkeypatch.undo()
-    assert plot.read_bytes() == b"earlier" and store.read_bytes() == b"earlier"
+    assert plot.read_bytes() == exported.read_bytes() == b"earlier" and store.read_bytes() == b"earlier"
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_standard_output_that_is_full_or_closed(tmp_path, model):
+    sticks = tmp_path / "a.xy"
+    sticks.write_text(STICKS)
+    command = f"{sys.executable} -m xrdfast predict {sticks} --model {model}"
+    for redirection, code, message in (
+        (">/dev/full", 2, "xrdfast: error: standard output: file: must be accessible, got No space left"),
+        (">&-", 0, ""),
+    ):
+        done = subprocess.run(
+            f"{command} {redirection}", shell=True, cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code and done.stderr.startswith(message)
+        assert "Traceback" not in done.stderr
 
 
 def test_usage_errors_are_one_line(tmp_path):

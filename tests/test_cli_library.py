@@ -95,4 +95,4 @@ def test_refusals(folder: Path) -> None:
     ask = ("predict", cifs / "salt.cif", "--model", folder / "model.safetensors")
     assert "must come with a measured pattern" in refusal(*ask, "--library", known)
     message = refusal("match", folder / "salt.xy", folder / "model.safetensors")
-    assert "model.safetensors: metadata: must hold checksums" in message
+    assert "model.safetensors: format: must be xrdfast-library, got xrdfast-model" in message

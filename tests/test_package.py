@@ -350,6 +350,16 @@ def test_a_bare_source_tree_simulates_and_trains(tmp_path: Path) -> None:
     without = hiding(tmp_path / "hide", *OPTIONAL)
     assert run(TRAIN, tmp_path, PYTHONPATH=without, XRDFAST_BACKEND="native") == "finished 3"
     # What does need a hidden package says which.
+    done = subprocess.run(
+        [sys.executable, "-m", "xrdfast", "--help"],
+        env=os.environ | {"PYTHONPATH": without},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("xrdfast: error: click: package: must be installed for the command line")
     code = "from xrdfast.scattering import form_factor_table\nform_factor_table('international')"
     with pytest.raises(AssertionError, match="gemmi"):
         run(code, PYTHONPATH=without)

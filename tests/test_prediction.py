@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 
 import numpy as np
@@ -17,7 +18,7 @@ from xrdfast.errors import InputError
 from xrdfast.lines import simulate_structure_lines
 from xrdfast.models import build_model
 from xrdfast.posterior import Calibration
-from xrdfast.prediction import SUPERCLASSES, SymmetryPredictor, spoken_classes
+from xrdfast.prediction import SUPERCLASSES, SymmetryPredictor
 from xrdfast.symmetry import SYMBOLS, TASKS, class_index, class_names
 from xrdfast.training.checkpoint import ModelCard, save_model
 
@@ -58,6 +59,10 @@ def test_answer_is_consistent(predictor):
 def test_scale_of_intensity_does_not_matter(predictor):
     one = predictor.predict_sticks(*LINES.T)
     other = predictor.predict_sticks(LINES[:, 0], 37.0 * LINES[:, 1])
+    for scale, wavelength in itertools.product((1e-310, 1e306), (COPPER, 0.7)):
+        given = predictor.predict_sticks(LINES[:, 0], scale * LINES[:, 1], wavelength=wavelength)
+        ones = predictor.predict_sticks(*LINES.T, wavelength=wavelength)
+        np.testing.assert_allclose(given.pattern.intensity, ones.pattern.intensity, rtol=1e-6)
     assert one.wavelength_source == "assumed" and one.wavelength == COPPER
     assert one.candidates[0].space_group_number == other.candidates[0].space_group_number
     np.testing.assert_allclose(one.pattern.intensity, other.pattern.intensity)
@@ -156,6 +161,16 @@ def test_files_choose_their_kind(tmp_path, predictor):
     structure = tmp_path / "salt.safetensors"
     salt().save(structure)
     assert predictor.predict_file(structure).true_number == 225
+    for name, value in (("kind", "scan"), ("wavelength", 0.7), ("scan", 0)):
+        with pytest.raises(InputError, match=f"{name}: must be left out for a structure"):
+            predictor.predict_file(structure, **{name: value})
+    profile = tmp_path / "profile.cif"  # a CIF that carries what was measured
+    points = "\n".join(f"{a:.3f} {b:.1f}" for a, b in zip(*scan_of(LINES), strict=True))
+    profile.write_text(f"data_x\nloop_\n_pd_meas_2theta_scan\n_pd_meas_intensity_total\n{points}\n")
+    assert predictor.predict_file(profile, kind="scan").kind == "scan"
+    assert predictor.predict_file(profile, kind="sticks", wavelength=1.54056).wavelength_source == "given"
+    with pytest.raises(InputError, match="structures: must be at least one"):
+        predictor.predict_file(profile)
     with pytest.raises(ValueError, match="kind must be one of"):
         predictor.predict_file(sticks, kind="photo")
     flat = tmp_path / "flat.xy"
@@ -212,11 +227,6 @@ def test_load_brings_grid_wavelength_and_calibration(tmp_path):
     save_model(path, model, ModelCard("small", COPPER, {"two_theta_min": 95.0}))
     with pytest.raises(InputError, match="card: must describe"):
         SymmetryPredictor.load(path)
-
-
-def test_spoken_classes():
-    assert spoken_classes("extinction_group", "1, 2") == "1, 2"
-    assert spoken_classes("crystal_system", "cubic") == "cubic"
 
 
 @pytest.fixture(scope="module")

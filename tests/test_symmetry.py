@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xrdfast import symmetry
-from xrdfast.symmetry import N_CLASSES, N_SPACE_GROUPS, TASKS, class_index, class_names, members
+from xrdfast.symmetry import (
+    N_CLASSES,
+    N_SPACE_GROUPS,
+    TASKS,
+    class_index,
+    class_names,
+    members,
+    spoken_classes,
+)
 
 LEVELS = (*TASKS, "laue_class", "bravais_lattice", "extinction_group")
 NUMBERS = range(1, N_SPACE_GROUPS + 1)
@@ -182,6 +190,11 @@ def test_space_groups_of_one_class_share_what_follows(level: str) -> None:
     for other in follows.get(level, ()):
         pairs = set(zip(class_index(level).tolist(), class_index(other).tolist(), strict=True))
         assert len(pairs) == len(class_names(level))
+
+
+def test_spoken_classes() -> None:
+    assert spoken_classes("extinction_group", "1, 2") == "1, 2"
+    assert spoken_classes("crystal_system", "cubic") == "cubic"
 
 
 def test_tables_cannot_be_changed_by_accident() -> None:

@@ -12,9 +12,13 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "PackedStructures": "xrdfast.data.structures",
     "load_structures": "xrdfast.data.structures",
+    "from_pymatgen": "xrdfast.data.structures",
+    "from_ase": "xrdfast.data.structures",
+    "to_pymatgen": "xrdfast.data.structures",
     "analyse_symmetry": "xrdfast.data.structures",
     "PatternStore": "xrdfast.data.store",
     "generate_store": "xrdfast.data.generate",
+    "wavelength_of": "xrdfast.bragg",
     "simulate_lines": "xrdfast.ops.simulate",
     "simulate_families": "xrdfast.ops.simulate",
     "render_sticks": "xrdfast.ops.render",

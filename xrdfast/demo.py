@@ -72,10 +72,12 @@ def run_demo(folder: Path, minutes: float, show: Callable[[Prediction], None]) -
         `CRYSTAL_SYSTEM_GAIN`.
 
     Raises:
-        InputError: where pymatgen's prototypes are missing or the folder cannot be written.
+        InputError: where pymatgen's prototypes are missing, the folder cannot be written, or for minutes that are no
+            time.
         KeyboardInterrupt: where training was interrupted.
     """
     begun = time.monotonic()
+    config = demo_config(folder, minutes)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -83,7 +85,7 @@ def run_demo(folder: Path, minutes: float, show: Callable[[Prediction], None]) -
     structures = load_prototypes()
     _first_answer(folder, structures, show)
     training, held_out = _prepare(folder, structures)
-    _train(folder, minutes)
+    _train(folder, config)
     predictor = SymmetryPredictor.load(folder / "model")
     passed = _evaluate(folder, predictor, training, held_out)
     _answer(folder, predictor, held_out, show)
@@ -145,12 +147,12 @@ def _prepare(folder: Path, structures: PackedStructures) -> tuple[PackedStructur
     return training, held_out
 
 
-def _train(folder: Path, minutes: float) -> None:
+def _train(folder: Path, config: RunConfig) -> None:
     run = folder / "model"
     for name in (checkpoint.MODEL_FILE, checkpoint.STATE_FILE, trainer.CONFIG_FILE, run_log.LOG_FILE):
         (run / name).unlink(missing_ok=True)  # of an earlier demo
     with training_bar("training") as progress:
-        result = trainer.Trainer(demo_config(folder, minutes), run, progress=progress).run()
+        result = trainer.Trainer(config, run, progress=progress).run()
     if result.status == "interrupted":
         raise KeyboardInterrupt
     click.echo(f"trained {result.step} steps")

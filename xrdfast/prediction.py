@@ -53,7 +53,6 @@ SUPERCLASSES = (
     "extinction_group",
 )
 _BATCH = 128
-_SHOWN_GROUPS = 3  # of an extinction group
 _PEAK_FWHM, _PEAK_REACH = 0.1, 1.0  # degrees, of the peaks that lines get for a model of scans
 
 
@@ -266,8 +265,8 @@ class SymmetryPredictor:
 
         Args:
             path: of the file; .cif, .npz and .safetensors are structures.
-            kind: "sticks", "scan", or "auto": equal steps and more than 1,000 points are a scan. Not for
-                structures.
+            kind: "sticks", "scan", or "auto": equal steps and more than 1,000 points are a scan. Other than "auto",
+                of a CIF the measured pattern that it carries.
             wavelength: Angstrom, for a file that states none; None where it is not known.
             scan: index in a file of several scans.
             n_candidates: length of the ranked list.
@@ -278,7 +277,10 @@ class SymmetryPredictor:
         """
         if kind not in KINDS:
             raise ValueError(f"predict_file: kind must be one of {', '.join(KINDS)}, got {kind!r}")
-        if Path(path).suffix.lower() in STRUCTURE_SUFFIXES:
+        if is_structure_file(path, kind):
+            asked = {"kind": None if kind == "auto" else kind, "wavelength": wavelength, "scan": scan}
+            if given := [name for name, value in asked.items() if value is not None]:
+                raise InputError(f"{shown_path(path)}: {given[0]}: must be left out for a structure, got one")
             return self._predict_structure_file(path, n_candidates)
         measured = read(path, wavelength=wavelength, scan=scan)
         chosen = kind if kind != "auto" else "scan" if is_scan(measured.two_theta) else "sticks"
@@ -461,6 +463,8 @@ class SymmetryPredictor:
             ValueError: for no line inside the range.
         """
         notes = []
+        # The strongest line is 1 from here: intensities of any scale must not leave the range of numbers.
+        intensity = intensity / (intensity.max(initial=0.0) or 1.0)
         if is_doublet and (anode := _anode(wavelength)):
             keep = ~second_satellites(two_theta, intensity, wavelength, radiations()[f"{anode}Ka2"])
             notes.append(f"{anode} K-alpha doublet: {int((~keep).sum())} K-alpha 2 satellites left out")
@@ -481,7 +485,7 @@ class SymmetryPredictor:
         if not inside.all():
             notes.append(f"{int((~inside).sum())} lines outside {low:g}..{high:g} degrees left out")
         intensity = intensity[inside]
-        return Pattern(moved[inside], intensity * (100.0 / intensity.max())), notes
+        return Pattern(moved[inside], 100.0 * (intensity / intensity.max())), notes
 
     def _answer(
         self,
@@ -520,17 +524,15 @@ class SymmetryPredictor:
         )
 
 
-def spoken_classes(level: str, name: str) -> str:
-    """A class name of a level for a table: long extinction groups are cut short.
+def is_structure_file(path: str | Path, kind: str = "auto") -> bool:
+    """Whether a file is answered for as a structure: by its name, unless it is the pattern of a CIF that is asked for.
 
     Example:
-        >>> spoken_classes("extinction_group", "143, 147, 150, 156, 157")
-        '143, 147, 150 + 2'
+        >>> is_structure_file("quartz.cif"), is_structure_file("quartz.cif", "scan")
+        (True, False)
     """
-    parts = name.split(", ")
-    if level != "extinction_group" or len(parts) <= _SHOWN_GROUPS:
-        return name
-    return f"{', '.join(parts[:_SHOWN_GROUPS])} + {len(parts) - _SHOWN_GROUPS}"
+    suffix = Path(path).suffix.lower()
+    return suffix in STRUCTURE_SUFFIXES and (suffix != ".cif" or kind == "auto")
 
 
 def _checked_lines(

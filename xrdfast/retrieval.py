@@ -229,12 +229,9 @@ class KnownStructures:
             InputError: for a file that is missing, damaged, of another kind or version, or inconsistent.
         """
         path = Path(path)
-        tensors, metadata = load_checked(path)
-        if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
-            got = (
-                f"{metadata.get('format', 'another safetensors file')} {metadata.get('version', '')}".strip()
-            )
-            raise InputError(f"{path}: format: must be {FORMAT} {VERSION}, got {got}")
+        tensors, metadata = load_checked(path, FORMAT)
+        if metadata.get("version") != VERSION:
+            raise InputError(f"{path}: version: must be {VERSION}, got {metadata.get('version')}")
         try:
             strings = json.loads(tensors.pop("strings").numpy().tobytes())
             columns = {name: [str(text) for text in strings[name]] for name in _STRINGS}

@@ -110,6 +110,7 @@ _POINT_GROUP_STARTS = [first for _, first, _ in _POINT_GROUPS]
 POINT_GROUP_INDEX = _frozen(np.searchsorted(_POINT_GROUP_STARTS, _NUMBERS, side="right") - 1)
 LATTICE_CENTERING_INDEX = _frozen([LATTICE_CENTERINGS.index(symbol[0]) for symbol in SYMBOLS])
 LAUE_CLASS_INDEX = _frozen([LAUE_CLASSES.index(_POINT_GROUPS[i][2]) for i in POINT_GROUP_INDEX])
+_SHOWN_GROUPS = 3  # of an extinction group, in a table
 _FAMILY_LETTER = "amothhc"  # of each crystal system
 BRAVAIS_LATTICE_INDEX = _frozen(
     [
@@ -180,6 +181,19 @@ def class_names(level: str) -> tuple[str, ...]:
     if level not in names:
         raise ValueError(f"class_names: level must be one of {', '.join(_INDEX)}, got {level!r}")
     return names[level]
+
+
+def spoken_classes(level: str, name: str) -> str:
+    """A class name of a level for a table: long extinction groups are cut short.
+
+    Example:
+        >>> spoken_classes("extinction_group", "143, 147, 150, 156, 157")
+        '143, 147, 150 + 2'
+    """
+    parts = name.split(", ")
+    if level != "extinction_group" or len(parts) <= _SHOWN_GROUPS:
+        return name
+    return f"{', '.join(parts[:_SHOWN_GROUPS])} + {len(parts) - _SHOWN_GROUPS}"
 
 
 def members(level: str, index: int) -> tuple[int, ...]:

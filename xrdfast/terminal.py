@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 from rich import box
 from rich.console import Console
@@ -40,7 +40,7 @@ def progress_bar(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
 @contextlib.contextmanager
 def training_bar(title: str) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A bar moved by the records of a run's log; without a terminal, a line for each validation."""
-    shows = sys.stderr.isatty()
+    shows = _shows(sys.stderr)
     with _progress() as progress:
         task = progress.add_task(title, total=1.0, unit="patterns", speed=0.0)
 
@@ -103,7 +103,7 @@ def print_table(
         table.add_column(Text(name), justify="right" if i in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
-    Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH).print(table)
+    Console(width=None if _shows(sys.stdout) else _PLAIN_WIDTH).print(table)
 
 
 class _RateColumn(ProgressColumn):
@@ -114,8 +114,13 @@ class _RateColumn(ProgressColumn):
         return Text(f"{speed:,.0f} {task.fields['unit']}/s" if speed else "")
 
 
+def _shows(stream: IO[str] | None) -> bool:
+    """Whether a person looks at a stream; Python has None for one that was closed before it began."""
+    return stream is not None and stream.isatty()
+
+
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), _RateColumn())
     return Progress(
-        *columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not sys.stderr.isatty()
+        *columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not _shows(sys.stderr)
     )

@@ -88,6 +88,7 @@ def test_raw_formats(shared_data):
         (P1, 0, 2),
         (OPERATORS + "x,y,z\n'x, y+1/2, z+1/2'\n1/2+x,y,0.5+z\n\"X+.5,Y+.5,Z\"\n", 0, 8),
         ("_symmetry_equiv_pos_as_xyz 'x,y,z'\n", 0, 2),
+        ("_symmetry_equiv_pos_as_xyz ?\n_symmetry_space_group_name_H-M 'F m -3 m'\n", 225, 8),
         ("_space_group_IT_number 999\n" + P1, 0, 2),
     ],
 )
@@ -117,8 +118,12 @@ def test_hexagonal_and_rhombohedral_settings_are_one_crystal(tmp_path):
         one(tmp_path, hexagonal, name.format("R -3 c"), corundum[0]),
         one(tmp_path, rhombohedral, name.format("R -3 c:R"), corundum[1]),
         one(tmp_path, rhombohedral, name.format("R -3 c"), corundum[1]),
+        one(tmp_path, hexagonal, "_symmetry_Int_Tables_number 167\n", corundum[0]),
+        one(tmp_path, rhombohedral, "_symmetry_Int_Tables_number 167\n", corundum[1]),
     ]
-    assert [len(crystal.atomic_number) for crystal in crystals] == [30, 30, 10, 10]
+    assert [len(crystal.atomic_number) for crystal in crystals] == [30, 30, 10, 10, 30, 10]
+    for cell, setting, sites in ((hexagonal, "R", corundum[0]), (rhombohedral, "H", corundum[1])):
+        assert "must keep the cell" in reason(tmp_path, cell, name.format(f"R -3 c :{setting}"), sites)
     assert all(crystal.space_group_published.tolist() == [167] for crystal in crystals)
     first, *others = [simulate_lines(crystal) for crystal in crystals]
     for lines in others:
@@ -154,7 +159,8 @@ def test_images_near_a_special_position_become_one_at_their_mean(tmp_path):
     np.testing.assert_allclose(nearest, [0, 0, 0.1], atol=1e-12)
     mirror = OPERATORS + "x,y,z\n-x,y,z\n"
     for x, n_atoms in ((0.0004, 1), (0.0006, 2)):  # 0.008 and 0.012 Angstrom between the images
-        assert len(one(tmp_path, cell, mirror, SITES + f"O {x} 0.3 0.2\n").atomic_number) == n_atoms
+        upright = cell.replace("gamma 120", "gamma 90")
+        assert len(one(tmp_path, upright, mirror, SITES + f"O {x} 0.3 0.2\n").atomic_number) == n_atoms
 
 
 @settings(max_examples=60, deadline=None)
@@ -302,13 +308,14 @@ def test_angles_are_right_by_default(tmp_path):
 def test_blocks(tmp_path):
     text = f"data_global\n_publ_author X\ndata_a\n{CUBIC}{P1}{SALT}\n"
     structures, rejected = read(tmp_path, text)
-    assert structures.ids == ["a.cif"] and [r.id for r in rejected] == ["a.cif#global"]
+    assert structures.ids == ["a.cif"] and rejected == []  # a block of authors is no structure
+    text += "data_angles\n_atom_site_label Na\n"
     text += f"data_b\n_chemical_name_mineral ' Halite '\n{CUBIC}{P1}{SALT}\n"
     text += f"data_c\n{CUBIC}{P1}{SALT}Cl2 ? 0 0\n"
     structures, rejected = read(tmp_path, text)
     assert structures.ids == ["a.cif#a", "a.cif#b"] and structures.family == ["", "halite"]
     assert rejected == [
-        ("a.cif#global", "atoms: must be listed with fractional coordinates, got none"),
+        ("a.cif#angles", "atoms: must be listed with fractional coordinates, got none"),
         ("a.cif#c", "Cl2: coordinates: must be finite, below 1000, got ? 0 0"),
     ]
 
@@ -349,7 +356,15 @@ def test_text_of_other_encodings(tmp_path):
         ((CUBIC, OPERATORS + "x,y,z+1/0\n", SALT), "symmetry operator: must be like"),
         ((CUBIC, OPERATORS + "x,x,z\n", SALT), "symmetry operator: must be like"),
         ((CUBIC, OPERATORS + "2x,y,z\n", SALT), "symmetry operator: must be like"),
-        ((CUBIC, OPERATORS + ".\n", SALT), "symmetry operator: must be like"),
+        ((CUBIC, OPERATORS + ".\n", SALT), "symmetry: must be operators or a known"),
+        (
+            (CUBIC.replace("a 5.6402", "a 6.5"), OPERATORS + "x,y,z\nz,x,y\n", SALT),
+            "symmetry operators: must keep the cell within 5 %, got .*: those of another setting",
+        ),
+        (
+            (CUBIC, P1, SITES + "_atom_site_U_iso_or_equiv\nNa 0 0 0 small\n"),
+            "Na: _atom_site_U_iso_or_equiv: must be a finite number, got 'small'",
+        ),
         ((CUBIC, OPERATORS + "x" + "+0" * 100 + ",y,z\n", SALT), "symmetry operator: must be like"),
         ((CUBIC, OPERATORS + "x,y,z\n" * 1025, SALT), "symmetry operators: must be at most 1024, got 1025"),
         ((CUBIC, P1, SITES + "Na 1e300 0 0\n"), "Na: coordinates: must be finite, below 1000, got 1e300 0 0"),

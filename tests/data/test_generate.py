@@ -152,6 +152,12 @@ def test_what_cannot_be_simulated_is_listed(crystals: PackedStructures, tmp_path
     assert [entry.id for entry in rejected] == [names[1], names[4], names[6]]
     assert "lattice" in rejected[0].reason
     assert "structure factor" in rejected[2].reason
+    whole = path.read_bytes()
+    with pytest.raises(
+        InputError, match=f"one that can be simulated, got none; the first reason: {names[1]}"
+    ):
+        generate_store(broken[[1, 4]], path)
+    assert path.read_bytes() == whole
     store = PatternStore.open(path)
     kept = torch.tensor([0, 2, 3, 5, 7])
     assert store.ids == [names[i] for i in kept]
@@ -322,7 +328,8 @@ def test_a_grid_beyond_the_store_is_refused(
 ) -> None:
     path = tmp_path / "narrow.store.safetensors"
     generate_store(crystals, path, simulation=SimulationConfig(two_theta_max=60.0))
-    with pytest.raises(ValueError, match=r"PatternSource: grid must lie in 5.0..60.0 degrees, got 5.0..90.0"):
+    rule = r"narrow.*: simulation: must hold the model's axis, 5..90 degrees, got 5..60"
+    with pytest.raises(InputError, match=rule):
         PatternSource(PatternStore.open(path))
     PatternSource(PatternStore.open(path), Grid(two_theta_max=60.0))
 

@@ -159,6 +159,18 @@ def test_standardisation_maps_reflections():
     assert d == pytest.approx(d_standard)
 
 
+def test_what_spglib_cannot_refine_is_not_on_standard_error(capfd):
+    lattice = [[4.47392442, 0.0, 0.0], [2.23696265, 3.87401558, 0.0], [-4.034e-05, 4.9e-09, 5.11251884]]
+    places = [
+        [4.7e-07, 0.0, 0.00321388],
+        [0.6665976, 0.66670436, 0.51239306],
+        [0.33330196, 0.33329564, 0.51239306],
+    ]
+    cell = Cell(np.array(lattice), np.array(places), np.array([56, 31, 31]), np.ones(3))
+    find_symmetries([cell], (0.01, 0.1), n_workers=1)
+    assert capfd.readouterr().err == ""
+
+
 def test_symmetry_that_cannot_be_found_is_none():
     atoms = (np.array([14, 14]), np.array([[0, 0, 0], [1e-4, 0, 0]]), np.ones(2), np.zeros(2))
     one = analyse_symmetry(from_arrays([3.0 * np.eye(3)], [atoms], ["too close"]), n_workers=1)

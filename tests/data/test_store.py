@@ -344,6 +344,10 @@ def test_split_refuses_relatives_on_both_sides(path: Path) -> None:
     with pytest.raises(InputError, match=r"fold: must be one for equal formulas .* got two for A"):
         store.split([0])
     store.split([1])
+    store = write_labelled(path, formula=["A", "B", "C"], family=["", "x", "x"], fold=[0, 1, 2])
+    with pytest.raises(InputError, match=r"fold: must be one for equal families .* got two for x"):
+        store.split([1])
+    assert store.split([0])[1].tolist() == [0]
     store = write_labelled(path, fold=[0, -1, 2])
     with pytest.raises(InputError, match="fold: must be assigned for a split, got -1 for s0/1"):
         store.split([0])

@@ -120,9 +120,9 @@ DAMAGE = {
     "z_float": ({"z": np.ones(6)}, "z: must be"),
     "z_large": ({"z": np.full(6, 257)}, "z: must be in 0..255, got 257..257"),
     "frac_text": ({"frac": np.full((6, 3), "a")}, "frac: must be"),
-    "frac_short": ({"frac": np.zeros((5, 3))}, "fractional: must be"),
+    "frac_short": ({"frac": np.zeros((5, 3))}, "frac: must have as many rows as z, 6, got 5"),
     "id_numbers": ({"id": np.arange(3)}, "id: must be"),
-    "ids_few": ({"id": np.array(["a", "b"])}, "ids: must be 3 texts, got 2"),
+    "ids_few": ({"id": np.array(["a", "b"])}, "id: must have as many rows as lattice, 3, got 2"),
     "offset_end": ({"offset": np.array([0, 2, 4, 7])}, "offset: must rise from 0 to 6"),
     "offset_begin": ({"offset": np.array([1, 2, 4, 6])}, "offset: must rise"),
     "offset_falls": ({"offset": np.array([0, 4, 2, 6])}, "offset: must rise"),
@@ -132,7 +132,7 @@ DAMAGE = {
     "label": ({"sg_01": np.array([1, 2, 231])}, "sg_01: must be in 0..230, got 1..231"),
     "label_wraps": ({"sg_01": np.array([1, 2, 65537])}, "sg_01: must be in 0..230"),
     "label_text": ({"sg_01": np.array(["a", "b", "c"])}, "sg_01: must be"),
-    "label_short": ({"sg_01": np.array([1, 2])}, "space_group_01: must be"),
+    "label_short": ({"sg_01": np.array([1, 2])}, "sg_01: must have as many rows"),
     "fold": ({"fold": np.array([0, 1, 10])}, "fold: must be in -1..9"),
     "pickle": (
         {"formula": np.array([{}, {}, {}], dtype=object)},
@@ -208,7 +208,7 @@ def test_structures_with_faults_are_left_out(tmp_path):
     np.savez(tmp_path / "x.npz", **content)
     structures, rejected = load_structures(tmp_path / "x.npz")
     assert structures.ids == ["x/0", "x/2"]
-    assert rejected == [("x/1", "fractional: must be finite")]
+    assert rejected == [("x/1", "fractional: must be finite, below 1000")]
 
 
 def test_paths_that_cannot_be_are_refused(tmp_path):
@@ -278,7 +278,7 @@ def test_every_flipped_bit_of_a_saved_tensor_is_noticed(tmp_path):
 def test_saved_files_of_other_kinds_are_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     save_checked(path, {"a": torch.zeros(1)}, {"format": "something else"})
-    with pytest.raises(InputError, match="format: must be 'xrdfast structures', got 'something else'"):
+    with pytest.raises(InputError, match="format: must be xrdfast structures, got something else"):
         PackedStructures.load(path)
     save_checked(path, {"a": torch.zeros(1)}, {"format": FORMAT})
     with pytest.raises(InputError, match="fields: must be those of PackedStructures"):
@@ -374,6 +374,18 @@ def test_ase_there():
     assert packed.ids == ["structure-0", "structure-1"] and packed.formula == ["Na1Cl1"] * 2
     np.testing.assert_allclose(packed.fractional[:2].numpy(), [[0, 0, 0], [0.5, 0.5, 0.25]], atol=1e-12)
     np.testing.assert_allclose(packed.lattice[0].numpy(), np.diag([3.0, 4.0, 5.0]))
+
+
+def test_one_structure_is_no_list_of_them():
+    one = Structure(Lattice.cubic(4.0), ["Na"], [[0, 0, 0]])
+    for structures in (one, ["Na"], [one, 3]):
+        with pytest.raises(TypeError, match="from_pymatgen: structures must be a list of Structures"):
+            from_pymatgen(structures)
+    for atoms in (ase.Atoms("Na", cell=[4, 4, 4]), ["Na"]):
+        with pytest.raises(TypeError, match="from_ase: atoms must be a list of Atoms"):
+            from_ase(atoms)
+    with pytest.raises(ValueError, match="from_arrays: ids must have 2 rows as lattices, got 1"):
+        from_pymatgen([one, one], ["a"])
 
 
 def test_atomic_numbers_that_do_not_fit_are_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from xrdfast.models import PRESETS, build_model
 from xrdfast.symmetry import N_CLASSES
@@ -23,6 +24,15 @@ def test_every_preset_builds_and_runs(name):
             assert values.shape == (2, N_CLASSES[task]) and values.isfinite().all()
         else:
             assert values is None
+
+
+def test_small_is_small():
+    """At most 3 M parameters and 0.06 GFLOP a pattern: what two cores train."""
+    model = build_model("small").eval()
+    assert sum(p.numel() for p in model.parameters()) < 3e6
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.rand(4, 8500))
+    assert 0.05e9 < counter.get_total_flops() / 4 <= 0.06e9
 
 
 def test_unknown_name_is_refused():

@@ -100,7 +100,7 @@ def test_refusals(model, tmp_path):
             (folder, "-o", tmp_path / "out.parquet", "--model", tmp_path / "none"),
             "none: file: must be readable",
         ),
-        ((folder, "-o", tmp_path / "none" / "out.parquet", "--model", model), "must be writable"),
+        ((folder, "-o", tmp_path / "none" / "out.parquet", "--model", model), "must lie in a folder"),
         ((folder, "-o", tmp_path / "out.parquet", "--model", model, "--watch", "--engine", "ray"), "--watch"),
     ):
         done = run("screen", *arguments)

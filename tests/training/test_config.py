@@ -83,6 +83,8 @@ def test_a_file_and_overrides(tmp_path: Path) -> None:
         ("train", {"precision": "fp8"}, "train.precision: must be one of float32, bf16"),
         ("train", {"balance": "mgd"}, "train.balance: must be one of mgda, mgda_ema, sum"),
         ("train", {"logit_adjustment": 3}, r"train.logit_adjustment: must be in \[0, 2\], got 3.0"),
+        ("train", {"seed": 1 << 63}, r"train.seed: must be in 0..2\^63 - 1, got 9223372036854775808"),
+        ("train", {"threads": 10_000}, "train.threads: must be in 0..1024, got 10000"),
         ("train", {"tensorboard": 1}, "train.tensorboard: must be true or false, got 1"),
         (
             "train",
@@ -110,12 +112,20 @@ def test_complaints_name_the_key(table: str, values: dict[str, object], message:
 def test_a_run_needs_stores() -> None:
     with pytest.raises(InputError, match=r"data.stores: must be one store or more, got \[\]"):
         config_from_dict({"model": {"preset": "paper"}})
+    with pytest.raises(InputError, match=r'data.stores: must be one store or more, got \[""\]'):
+        config_from_dict({"data": {"stores": ""}})
 
 
-@pytest.mark.parametrize("override", ["epochs=3", "train.epochs", "=3", "train.=3"])
+@pytest.mark.parametrize("override", ["epochs=3", "train.epochs", "=3", "train.=3", ".epochs=3"])
 def test_a_malformed_override_is_named(override: str) -> None:
     with pytest.raises(InputError, match=r"override: must be table\.key=value"):
         load_config(None, [override])
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('[data]\nstores = ["größe"]\n', encoding="utf-8-sig")
+    assert load_config(path).data.stores == ("größe",)
 
 
 def test_a_bad_override_is_told_without_a_file() -> None:

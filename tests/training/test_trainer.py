@@ -210,6 +210,17 @@ def test_early_stopping(cubic_store: Path, tmp_path: Path) -> None:
     assert Trainer(config, tmp_path, resume=True).run().status == "stopped_early"
 
 
+def test_a_run_that_diverges_is_told(cubic_store: Path, tmp_path: Path) -> None:
+    """NaN for an answer counts as wrong, whatever class comes first; the log stays JSON."""
+    with pytest.raises(
+        InputError, match=r"run: train.learning_rate: must be lower for this run: it diverged"
+    ):
+        Trainer(tiny_config(cubic_store, learning_rate=1e30), tmp_path / "run").run()
+    told = records(tmp_path / "run", "validation")[-1]["metrics"]
+    assert set(told["top1"].values()) == {0.0} and None in told["loss"].values()
+    assert "NaN" not in (tmp_path / "run" / "log.jsonl").read_text()
+
+
 def test_a_step_that_is_not_finite_changes_nothing(
     cubic_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,6 +305,10 @@ def test_what_does_not_fit_is_named(cubic_store: Path, tmp_path: Path) -> None:
         (
             replace(tiny_config(small), data=held_out),
             r"data.folds_validation: must hold patterns of the stores, got none in \[9\]",
+        ),
+        (
+            replace(tiny_config(small), data=DataConfig((str(small),), tuple(range(10)))),
+            "data.folds_validation: must leave patterns to train on, got none beside",
         ),
         (tiny_config(tmp_path / "none.store"), "none.store: file: must be readable"),
     ):

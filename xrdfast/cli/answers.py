@@ -24,7 +24,13 @@ _SHOWN_SET = 20  # space groups of a set that is meant to hold the true one
 @cli.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @model_option
-@click.option("--kind", type=click.Choice(["auto", "sticks", "scan"]), default="auto", show_default=True)
+@click.option(
+    "--kind",
+    type=click.Choice(["auto", "sticks", "scan"]),
+    default="auto",
+    show_default=True,
+    help="auto: equal steps and more than 1,000 points are a scan, and a CIF is a structure.",
+)
 @wavelength_option
 @click.option(
     "--library",
@@ -71,11 +77,10 @@ def predict(
     """Answers for one pattern (an instrument's file, or two columns of text) or one structure (a round trip)."""
     from xrdfast.errors import InputError
     from xrdfast.evidence import find_evidence
-    from xrdfast.prediction import STRUCTURE_SUFFIXES, SymmetryPredictor
+    from xrdfast.prediction import STRUCTURE_SUFFIXES, SymmetryPredictor, is_structure_file
 
-    if library is not None and file.suffix.lower() in STRUCTURE_SUFFIXES:
+    if library is not None and is_structure_file(file, kind):
         raise InputError(f"{file}: --library: must come with a measured pattern, got a structure")
-
     if structure is not None and (plot is None or structure.suffix.lower() not in STRUCTURE_SUFFIXES):
         raise click.UsageError(f"--structure goes with --plot and ends in {', '.join(STRUCTURE_SUFFIXES)}")
     predictor = SymmetryPredictor.load(model)
@@ -185,7 +190,7 @@ def _show_nearest(nearest: list[dict[str, Any]]) -> None:
 
 def show_prediction(prediction: Prediction) -> None:
     """Prints an answer: how the pattern was read, the ranked space groups, the superclasses."""
-    from xrdfast.prediction import spoken_classes
+    from xrdfast.symmetry import spoken_classes
     from xrdfast.terminal import print_table
 
     source = prediction.wavelength_source

@@ -44,7 +44,8 @@ class _Commands(click.Group):
 
 def _one_line(error: ValueError | OSError) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'file'}: file: must be accessible, got {error.strerror}"
+        # Files of the package's own come as InputError; without a name it is what the answer is written to.
+        return f"{error.filename or 'standard output'}: file: must be accessible, got {error.strerror}"
     return " ".join(str(error).split())
 
 

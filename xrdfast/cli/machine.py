@@ -16,9 +16,18 @@ _PACKAGES = (
     "gemmi",
     "pymatgen",
     "matplotlib",
+    "click",
     "rich",
+    "pyarrow",
+    "jinja2",
+    "geddes",
     "ase",
     "tensorboard",
+    "h5py",
+    "ray",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
 )
 
 

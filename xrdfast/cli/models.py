@@ -104,6 +104,7 @@ def evaluate(
 
     predictor = SymmetryPredictor.load(run, local_device("auto"))
     store = PatternStore.open(list(stores))
+    store.verify()
     rows = store.select(folds)
     if len(rows) == 0:
         raise InputError(f"{stores[0]}: fold: must hold labelled patterns of folds {folds}, got none")
@@ -137,14 +138,27 @@ def evaluate(
 @file_option("-o", "--output", required=True, help="Model file (.safetensors, .onnx or .pt2).")
 def export(model: Path, output: Path) -> None:
     """Writes a trained model for others: float16 weights, or for other programs ONNX or torch.export's archive."""
-    from xrdfast.models.export import export_model
+    from xrdfast.data.files import write_atomically
+    from xrdfast.errors import InputError
+    from xrdfast.models.export import SUFFIXES, encode_model
     from xrdfast.training.checkpoint import load_model, publish_model
 
+    if output.suffix not in (".safetensors", *SUFFIXES):
+        known = ", ".join((".safetensors", *SUFFIXES))
+        raise InputError(
+            f"{output}: --output: must end in one of {known}, got {output.suffix or 'no suffix'}"
+        )
     if output.suffix == ".safetensors":
         publish_model(model, output)
         click.echo(f"{output}: weights in float16 with their calibration, for --model")
         return
-    export_model(load_model(model), output)
+    loaded = load_model(model)
+    try:
+        content = encode_model(loaded, output.suffix)
+    except InputError as error:
+        raise InputError(f"{model}: {error}") from error
+    with write_atomically(output) as file:
+        file.write(content)
     click.echo(
         f"{output}: intensity (n_patterns, 8500), 0 to 100, to the logits of every task, not calibrated"
     )

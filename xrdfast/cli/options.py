@@ -23,9 +23,13 @@ def _wavelength(ctx: click.Context, option: click.Parameter, value: str | None) 
 def _output_file(ctx: click.Context, option: click.Parameter, value: Path | None) -> Path | None:
     from xrdfast.errors import InputError
 
+    if value is None:
+        return None
     # Files are replaced whole by a rename, which would put a plain file in the place of a device or folder.
-    if value is not None and value.exists() and not value.is_file():
+    if value.exists() and not value.is_file():
         raise InputError(f"{value}: {option.opts[-1]}: must be a plain file, got a folder or device")
+    if not value.parent.is_dir():  # known now, not after the work
+        raise InputError(f"{value}: {option.opts[-1]}: must lie in a folder that exists, got none")
     return value
 
 

@@ -61,6 +61,8 @@ def simulate(
         form_factors=form_factors,
         dispersion=dispersion,
     )
+    if lines and variants:
+        raise click.UsageError("--variants goes with a store, not with --lines")
     if not config.two_theta_min < two_theta_max <= 180.0:
         low = config.two_theta_min
         raise InputError(f"--two-theta-max: must be above {low:g}, up to 180 degrees, got {two_theta_max:g}")
@@ -84,7 +86,7 @@ def simulate(
     with progress_bar("simulating", "structures") as progress:
         source = [path.name for path in paths]
         rejected += generate_store(structures, store, simulation=config, source=source, progress=progress)
-    _report_simulation(store, structures, rejected)
+    _report_simulation(store, rejected)
 
 
 @cli.command()
@@ -186,8 +188,10 @@ def library(paths: tuple[Path, ...], output: Path, workers: int | None) -> None:
             with progress_bar("simulating", "structures") as progress:
                 rejected += generate_store(structures, stores[0], progress=progress)
             n_rejected = len(rejected)
+        store = PatternStore.open(stores)
+        store.verify()
         with progress_bar("lines", "structures") as progress:
-            known = KnownStructures.build(PatternStore.open(stores), progress)
+            known = KnownStructures.build(store, progress)
     known.save(output)
     click.echo(f"{output}: {len(known)} structures, {n_rejected} rejected")
 
@@ -232,37 +236,36 @@ def _write_lines(structures: PackedStructures, config: Any, output: Path | None,
     click.echo(f"{output}: {len(found.two_theta)} lines")
 
 
-def _report_simulation(store: Path, structures: PackedStructures, rejected: list[Rejected]) -> None:
+def _report_simulation(store: Path, rejected: list[Rejected]) -> None:
     """Prints what came of it and lists what a person should look at, in two files beside the store."""
     from collections import Counter
 
-    from xrdfast.errors import InputError
+    from xrdfast.data.store import PatternStore
 
     name = store.name.removesuffix(".safetensors").removesuffix(".store")
-    left_out = {row.id for row in rejected}
+    written = PatternStore.open(store)
     disagreements = [
-        {"id": name, "stated": stated, "symprec_0.01": tight, "symprec_0.1": loose}
-        for name, stated, tight, loose in zip(
-            structures.ids,
-            structures.space_group_published.tolist(),
-            structures.space_group_001.tolist(),
-            structures.space_group_01.tolist(),
+        {"id": identity, "stated": stated, "symprec_0.01": tight, "symprec_0.1": loose}
+        for identity, stated, tight, loose in zip(
+            written.ids,
+            written.space_group_published.tolist(),
+            written.space_group_001.tolist(),
+            written.space_group_01.tolist(),
             strict=True,
         )
         # 1 is what files of P1 cells say, whatever the symmetry
-        if stated > 1 and loose > 0 and stated != loose and name not in left_out
+        if stated > 1 and loose > 0 and stated != loose
     ]
     lists = {"rejected": [row._asdict() for row in rejected], "disagreements": disagreements}
     for kind, rows in lists.items():
         _write_list(store.with_name(f"{name}.{kind}.jsonl"), rows)
-    n_simulated = len(structures) - len(left_out & set(structures.ids))
-    click.echo(f"{store}: {n_simulated} patterns, {len(rejected)} structures rejected")
+    click.echo(f"{store}: {len(written)} patterns, {len(rejected)} structures rejected")
     if disagreements:
         file = store.with_name(f"{name}.disagreements.jsonl")
         click.echo(
             f"{len(disagreements)} state another space group than spglib finds at 0.1 Angstrom: {file}"
         )
-    unlabelled = int((structures.space_group_01 == 0).sum())
+    unlabelled = int((written.space_group_01 == 0).sum())
     if unlabelled:
         click.echo(f"{unlabelled} have no space group by spglib: stored, not trained on")
     reasons = Counter(row.reason for row in rejected).most_common()
@@ -270,8 +273,6 @@ def _report_simulation(store: Path, structures: PackedStructures, rejected: list
         click.echo(f"rejected {count}: {reason}")
     if rejected:
         click.echo(f"all of them: {store.with_name(f'{name}.rejected.jsonl')}")
-    if n_simulated == 0:
-        raise InputError(f"{store}: structures: must be at least one that can be simulated, got none")
 
 
 def _write_list(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -28,6 +28,7 @@ _MAX_OPERATOR = 200  # characters
 _MAX_OPERATORS = 1024  # 192 in the largest conventional cell; more in a supercell that lists its translations
 _MAX_IMAGES = 200_000  # sites times operators, before images that fall together are merged
 _SAME_PLACE = 0.01  # Angstrom
+_SAME_CELL = 0.05  # strain: refined cells and their operators agree within 0.001; another setting's do not
 _FULL_OCCUPANCY = 1.1  # refinements overshoot
 _MAX_GRID = 1 << 14  # boxes along an axis: keeps the integer keys of `_same_places` below 2^63
 _U_TO_B = 8.0 * math.pi**2
@@ -77,23 +78,25 @@ class _Sites(NamedTuple):
     b_iso: NDArray[np.float64]  # (n,) Angstrom^2
 
 
-def read_cif(path: str | Path) -> tuple[PackedStructures, list[Rejected]]:
+def read_cif(path: str | Path, name: str | None = None) -> tuple[PackedStructures, list[Rejected]]:
     """Reads every structure of a CIF.
 
     Listed symmetry operators come first, then the Hall symbol, the Hermann-Mauguin symbol with its setting,
-    and the number in its reference setting. Images of a site within 0.01 Angstrom of each other are one atom,
-    at their mean. Sites of different elements or of partial occupancy that share a place stay several rows,
-    with equal coordinates; a second full copy of an element at a place (all atoms listed beside operators) is
-    dropped; a place with more than 1.1 atoms is refused. Missing occupancies are 1, missing displacements
-    B = 0, missing angles 90 degrees, as the CIF dictionary has it. An unquoted `P 1` and a block name of
-    several words are repaired.
+    and the number in its reference setting (of R groups, that of the cell). Images of a site within 0.01
+    Angstrom of each other are one atom, at their mean. Sites of different elements or of partial occupancy
+    that share a place stay several rows, with equal coordinates; a second full copy of an element at a place
+    (all atoms listed beside operators) is dropped; a place with more than 1.1 atoms is refused, and so are
+    operators of another cell than the one listed. Missing occupancies are 1, missing displacements B = 0,
+    missing angles 90 degrees, as the CIF dictionary has it. An unquoted `P 1` and a block name of several
+    words are repaired.
 
     Args:
         path: a text file of at most 64 MB, with at most 1,000 blocks and 20,000 atoms a cell.
+        name: what structures are called; None for the file's name.
 
     Returns:
         The structures, named `file.cif`, or `file.cif#block` where several blocks have atoms, without labels;
-        and the blocks left out, with the reason.
+        and the blocks left out, with the reason. Beside a structure, blocks without any site are no structures.
 
     Raises:
         InputError: for a file that cannot be read or is not CIF, in one line.
@@ -103,12 +106,15 @@ def read_cif(path: str | Path) -> tuple[PackedStructures, list[Rejected]]:
         Trueblood et al., Acta Cryst. A52, 770 (1996): B = 8 pi^2 U and U_equiv.
     """
     path = Path(path)
+    file = path.name if name is None else name
     blocks = _read_blocks(path)
     with_atoms = [block for block in blocks if column_of(block, "_atom_site_fract_x")]
     lattices, atoms, ids, families, numbers, rejected = [], [], [], [], [], []
     for block in blocks:
+        if with_atoms and not _has_sites(block):
+            continue
         alone = len(with_atoms) == 1 and block is with_atoms[0]
-        name = path.name if alone or len(blocks) == 1 else f"{path.name}#{block.name}"
+        name = file if alone or len(blocks) == 1 else f"{file}#{block.name}"
         try:
             lattice, sites, number = _read_block(block)
         except InputError as error:
@@ -120,6 +126,12 @@ def read_cif(path: str | Path) -> tuple[PackedStructures, list[Rejected]]:
         families.append(text_of(block, "_chemical_name_mineral").strip().lower())
         numbers.append(number)
     return from_arrays(lattices, atoms, ids, family=families, space_group_published=numbers), rejected
+
+
+def _has_sites(block: Block) -> bool:
+    return any(
+        column_of(block, f"_atom_site_{name}") for name in ("fract_x", "Cartn_x", "label", "type_symbol")
+    )
 
 
 def _read_blocks(path: Path) -> list[Block]:
@@ -144,6 +156,7 @@ def _read_block(block: Block) -> tuple[NDArray[np.float64], _Sites, int]:
     sites = _sites(block, lattice)
     stated, number = _stated_group(block, gamma)
     rotations, translations = _operators(block, stated)
+    _check_metric(lattice, rotations)
     return lattice, _expand(sites, lattice, rotations, translations), number
 
 
@@ -163,6 +176,17 @@ def _lattice(block: Block) -> tuple[NDArray[np.float64], float]:
     if not (np.isfinite(lattice).all() and np.linalg.det(lattice) > 1.0):
         raise InputError(f"cell: must have a volume above 1 Angstrom^3, got angles {angles}")
     return lattice, angles[2]
+
+
+def _check_metric(lattice: NDArray[np.float64], rotations: NDArray[np.float64]) -> None:
+    """Operators must keep the lengths and angles of the cell, or they are those of another setting."""
+    metric = lattice @ lattice.T
+    turned = rotations.swapaxes(1, 2) @ metric @ rotations
+    lengths = np.sqrt(np.diag(metric))
+    strain = float((np.abs(turned - metric) / np.outer(lengths, lengths)).max()) / 2.0
+    if strain > _SAME_CELL:
+        rule = f"must keep the cell within {100.0 * _SAME_CELL:g} %"
+        raise InputError(f"symmetry operators: {rule}, got {100.0 * strain:.3g} %: those of another setting")
 
 
 def _sites(block: Block, lattice: NDArray[np.float64]) -> _Sites:
@@ -225,7 +249,10 @@ def _b_iso(block: Block, labels: list[str], lattice: NDArray[np.float64]) -> NDA
         ("_atom_site_B_iso", 1.0),
     ):
         if len(column := column_of(block, tag)) == n:
-            b = np.where(np.isfinite(b), b, factor * numbers_of(column))
+            value = numbers_of(column)
+            for row in np.flatnonzero([bool(text) for text in column] & ~np.isfinite(value))[:1]:
+                raise InputError(f"{labels[row]}: {tag}: must be a finite number, got {column[row][:60]!r}")
+            b = np.where(np.isfinite(b), b, factor * value)
     missing = np.flatnonzero(~np.isfinite(b))
     names = column_of(block, "_atom_site_aniso_label") if len(missing) else []
     # U_equiv = 1/3 sum_ij U_ij |a*_i| |a*_j| a_i . a_j
@@ -263,7 +290,8 @@ def _stated_group(block: Block, gamma: float) -> tuple[GroupOps | None, int]:
     stated = next((text for tag in _NUMBER if (text := text_of(block, tag))), "")
     number = int(stated) if re.fullmatch(r"\d{1,3}", stated) and 1 <= int(stated) <= 230 else 0
     if number and not (group or name or hall):
-        group = gemmi.find_spacegroup_by_number(number)
+        # By its symbol, which takes the rhombohedral axes where the cell has them
+        group = gemmi.find_spacegroup_by_name(gemmi.find_spacegroup_by_number(number).hm, 90.0, gamma)
     if operators is None and group is not None:
         operators = group.operations()
     return operators, number or (group.number if group else 0)
@@ -273,7 +301,7 @@ def _operators(block: Block, stated: GroupOps | None) -> tuple[NDArray[np.float6
     """Distinct (n, 3, 3) rotations and (n, 3) translations on fractional columns."""
     import gemmi
 
-    listed = next((column for tag in _OPERATORS if (column := column_of(block, tag))), [])
+    listed = next((column for tag in _OPERATORS if any(column := column_of(block, tag))), [])
     if len(listed) > _MAX_OPERATORS:
         raise InputError(f"symmetry operators: must be at most {_MAX_OPERATORS}, got {len(listed)}")
     if listed:

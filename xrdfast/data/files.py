@@ -8,7 +8,7 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -52,20 +52,36 @@ def save_checked(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         file.write(save(tensors, {**metadata, "crc32": crc}))
 
 
-def load_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of what `save_checked` wrote, every checksum verified.
+@contextlib.contextmanager
+def open_safetensors(path: Path, format_name: str) -> Iterator[tuple[Any, dict[str, str]]]:
+    """An open safetensors file of one format, and its metadata.
 
     Raises:
-        InputError: for a file that cannot be read, is cut short, or was changed.
+        InputError: for a file that cannot be read, is cut short, or is of another format.
     """
     try:
+        with open(path, "rb"):  # safe_open has no words for what can be wrong here
+            pass
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            if metadata.get("format") != format_name:
+                got = metadata.get("format", "another safetensors file")
+                raise InputError(f"{path}: format: must be {format_name}, got {got}")
+            yield file, metadata
     except OSError as error:
         raise InputError(f"{path}: file: must be readable, got {error.strerror or error}") from error
     except SafetensorError as error:
         raise InputError(f"{path}: file: must be a whole safetensors file, got {error}") from error
+
+
+def load_checked(path: Path, format_name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of what `save_checked` wrote, every checksum verified.
+
+    Raises:
+        InputError: for a file that cannot be read, is cut short, of another format, or was changed.
+    """
+    with open_safetensors(path, format_name) as (file, metadata):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     try:
         expected = json.loads(metadata.pop("crc32"))
     except (KeyError, ValueError) as error:

@@ -23,6 +23,7 @@ from xrdfast.data.folds import assign_folds
 from xrdfast.data.profiles import PROFILES, draw_profiles, typical_profiles
 from xrdfast.data.store import PatternStore, SimulationConfig, StoreWriter
 from xrdfast.data.structures import PackedStructures, Rejected
+from xrdfast.errors import InputError
 from xrdfast.ops.render import render_sticks
 from xrdfast.ops.render_patterns import render_patterns
 from xrdfast.ops.simulate import STATUS_REASONS, simulate_families
@@ -72,7 +73,7 @@ def generate_store(
         The structures that could not be simulated, with the reason; they are not in the store.
 
     Raises:
-        InputError: where the store cannot be written.
+        InputError: where the store cannot be written, or no structure can be simulated.
         ValueError: for settings outside the rules of `simulate_families`.
     """
     simulation = simulation or SimulationConfig()
@@ -99,6 +100,11 @@ def generate_store(
             writer.append(chunk, families)
             if progress is not None:
                 progress(end, len(structures))
+        if len(writer) == 0:  # an earlier store is of more use than an empty one
+            reason = f"; the first reason: {rejected[0].id}: {rejected[0].reason}" if rejected else ""
+            raise InputError(
+                f"{path}: structures: must be at least one that can be simulated, got none{reason}"
+            )
     return rejected
 
 
@@ -117,7 +123,8 @@ class PatternSource:
         device: where patterns are rendered; only families and draws, made on the CPU, go there.
 
     Raises:
-        ValueError: for an axis that reaches beyond the angles the store was simulated for, or an unknown profile.
+        InputError: for a store that was simulated for fewer angles than the axis has.
+        ValueError: for an unknown profile.
     """
 
     def __init__(
@@ -133,9 +140,10 @@ class PatternSource:
         self.augment = augment or AugmentConfig()
         simulated = store.simulation.two_theta_min, store.simulation.two_theta_max
         if self.grid.two_theta_min < simulated[0] or self.grid.two_theta_max > simulated[1]:
-            raise ValueError(
-                f"PatternSource: grid must lie in {simulated[0]}..{simulated[1]} degrees, "
-                f"got {self.grid.two_theta_min}..{self.grid.two_theta_max}"
+            needed = f"{self.grid.two_theta_min:g}..{self.grid.two_theta_max:g} degrees"
+            raise InputError(
+                f"{', '.join(map(str, store.paths))}: simulation: must hold the model's axis, {needed}, "
+                f"got {simulated[0]:g}..{simulated[1]:g}"
             )
         if self.augment.profile not in ("sticks", *PROFILES):
             raise ValueError(

@@ -77,6 +77,7 @@ def find_symmetry(cell: Cell, symprec: Sequence[float]) -> Symmetry:
     Source:
         Togo, Shinohara & Tanaka, Sci. Technol. Adv. Mater., Meth. 4, 2384822 (2024): spglib.
     """
+    os.environ.setdefault("SPGLIB_WARNING", "OFF")  # its C code writes to standard error what `Symmetry` says
     import spglib
 
     places, kinds = merge_sites(cell)

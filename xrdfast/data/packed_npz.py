@@ -59,6 +59,11 @@ def read_npz(path: Path) -> PackedStructures:
         if low is not None and array.size and not low <= array.min() <= array.max() <= high:
             raise InputError(f"{path}: {name}: must be in {low}..{high}, got {array.min()}..{array.max()}")
     n = len(arrays["lattice"])
+    for name, array in arrays.items():
+        model = "z" if name in ("z", "frac", "occ_pct") else "lattice"
+        if name != "offset" and len(array) != len(arrays[model]):
+            rule = f"must have as many rows as {model}, {len(arrays[model])}"
+            raise InputError(f"{path}: {name}: {rule}, got {len(array)}")
 
     def strings(name: str) -> list[str]:
         values = arrays[name].tolist() if name in arrays else [""] * n

@@ -27,10 +27,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from xrdfast.data.files import write_atomically
+from xrdfast.data.files import open_safetensors, write_atomically
 from xrdfast.data.folds import N_FOLDS
 from xrdfast.errors import InputError
 from xrdfast.symmetry import N_SPACE_GROUPS
@@ -268,7 +267,8 @@ class PatternStore:
     def open(cls, paths: str | Path | Sequence[str | Path]) -> PatternStore:
         """Opens one store or several of equal simulation settings.
 
-        Everything small is read and checked against its checksum; families are mapped, see `verify`.
+        Everything small is read and checked against its checksum; families are mapped, and `verify` checks them:
+        training, evaluation and libraries do so first.
 
         Raises:
             InputError: for a file that is missing, cut short, of another kind or version, or inconsistent.
@@ -347,8 +347,8 @@ class PatternStore:
         """Training and validation indices: the patterns outside and inside the given folds.
 
         Raises:
-            InputError: where patterns have no fold, or a formula lies on both sides (stores whose folds were
-                not assigned together).
+            InputError: where patterns have no fold, or a formula or family lies on both sides (stores whose folds
+                were not assigned together).
         """
         selected = self.select(clean=clean)
         fold = self.fold[selected]
@@ -357,12 +357,13 @@ class PatternStore:
             raise InputError(f"{self._names()}: fold: must be assigned for a split, got -1 for {first}")
         held_out = torch.isin(fold, torch.tensor(sorted(validation_folds), dtype=fold.dtype))
         training, validation = selected[~held_out], selected[held_out]
-        shared = {self.formula[i] for i in training.tolist()} & {self.formula[i] for i in validation.tolist()}
-        if shared:
-            raise InputError(
-                f"{self._names()}: fold: must be one for equal formulas (simulate into one store), "
-                f"got two for {min(shared)}"
-            )
+        for kind, names in (("formulas", self.formula), ("families", self.family)):
+            shared = {names[i] for i in training.tolist()} & {names[i] for i in validation.tolist()} - {""}
+            if shared:
+                raise InputError(
+                    f"{self._names()}: fold: must be one for equal {kind} (simulate into one store), "
+                    f"got two for {min(shared)}"
+                )
         return training, validation
 
     def group_counts(self, indices: Tensor | None = None) -> Tensor:
@@ -383,10 +384,6 @@ class _StoreFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         metadata, self.tensors = self._mapped()
-        if metadata.get("format") != FORMAT:
-            raise InputError(
-                f"{path}: format: must be {FORMAT}, got {metadata.get('format', 'another safetensors file')}"
-            )
         if metadata.get("version") != VERSION:
             raise InputError(f"{path}: version: must be {VERSION}, got {metadata.get('version')}")
         try:
@@ -402,16 +399,9 @@ class _StoreFile:
         self._check_values()
 
     def _mapped(self) -> tuple[dict[str, str], dict[str, Tensor]]:
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                names = set(file.keys())
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in _LAYOUT if name in names}
-        except OSError as error:
-            raise InputError(f"{self.path}: file: must be readable, got {error.strerror or error}") from error
-        except SafetensorError as error:
-            raise InputError(f"{self.path}: file: must be a whole safetensors file, got {error}") from error
-        return metadata, tensors
+        with open_safetensors(self.path, FORMAT) as (file, metadata):
+            names = set(file.keys())
+            return metadata, {name: file.get_tensor(name) for name in _LAYOUT if name in names}
 
     def _check_shapes(self) -> None:
         rows = {name: len(tensor) for name, tensor in self.tensors.items() if tensor.dim()}

@@ -175,7 +175,7 @@ class PackedStructures:
         volume = torch.linalg.det(torch.nan_to_num(self.lattice)).abs()
         lattice_bad = ~torch.isfinite(self.lattice).all(2).all(1) | (volume < _MIN_VOLUME)
         atom_rules = [
-            (~torch.isfinite(self.fractional).all(1), "fractional: must be finite"),
+            (~(self.fractional.abs() < 1000.0).all(1), "fractional: must be finite, below 1000"),
             (
                 (number < 1) | (number > MAX_ATOMIC_NUMBER),
                 f"atomic_number: must be in 1..{MAX_ATOMIC_NUMBER}",
@@ -208,9 +208,7 @@ class PackedStructures:
             InputError: for a file that is not such a file, cut short, or changed.
         """
         path = Path(path)
-        tensors, metadata = load_checked(path)
-        if metadata.get("format") != FORMAT:
-            raise InputError(f"{path}: format: must be '{FORMAT}', got {metadata.get('format')!r}")
+        tensors, _ = load_checked(path, FORMAT)
         try:
             strings = json.loads(tensors.pop("strings").numpy().tobytes())
             fields = {name: [str(text) for text in strings[name]] for name in _STRINGS} | tensors
@@ -226,7 +224,8 @@ def load_structures(
 ) -> tuple[PackedStructures, list[Rejected]]:
     """Structures of files and folders: .cif, packed .npz and packed .safetensors.
 
-    Folders are searched for .cif and .npz, recursively, in sorted order, without following links to folders.
+    Folders are searched for .cif and .npz, recursively, in sorted order, without following links to folders;
+    structures of a CIF are called by its place in the folder.
 
     Args:
         paths: one path or several.
@@ -245,7 +244,7 @@ def load_structures(
     if not files:
         raise InputError("structures: paths: must be at least one, got none")
     parts, rejected = [], []
-    for done, file in enumerate(files, 1):
+    for done, (file, name) in enumerate(files, 1):
         refused: list[Rejected] = []
         if file.suffix.lower() == ".npz":
             part = read_npz(file)
@@ -253,10 +252,10 @@ def load_structures(
             part = PackedStructures.load(file)
         else:
             try:
-                part, refused = read_cif(file)
+                part, refused = read_cif(file, name)
             except InputError as error:
                 part = from_arrays([], [], [])
-                refused = [Rejected(file.name, str(error).removeprefix(f"{file}: "))]
+                refused = [Rejected(name, str(error).removeprefix(f"{file}: "))]
         faults = part.faults()
         rejected += [*refused, *(Rejected(part.ids[row], reason) for row, reason in sorted(faults.items()))]
         if faults:
@@ -267,7 +266,7 @@ def load_structures(
     structures = PackedStructures.concatenate(parts)
     if len(structures) == 0:
         reason = f"; the first reason: {rejected[0].id}: {rejected[0].reason}" if rejected else ""
-        raise InputError(f"{files[0]}: structures: must be at least one, got none{reason}")
+        raise InputError(f"{files[0][0]}: structures: must be at least one, got none{reason}")
     return structures, rejected
 
 
@@ -289,9 +288,12 @@ def from_arrays(
         space_group_published: stated numbers; None for none.
 
     Raises:
-        ValueError: for an atomic number outside 0..255.
+        ValueError: for an atomic number outside 0..255, or lengths that differ.
     """
     n = len(lattices)
+    for name, rows in (("atoms", atoms), ("ids", ids), ("family", family)):
+        if rows is not None and len(rows) != n:
+            raise ValueError(f"from_arrays: {name} must have {n} rows as lattices, got {len(rows)}")
     counts = [len(a[0]) for a in atoms]
     columns = [
         np.concatenate([np.zeros(0), *(np.asarray(a[i], np.float64) for a in atoms)]) for i in (0, 2, 3)
@@ -326,8 +328,13 @@ def from_pymatgen(structures: Sequence[Structure], ids: Sequence[str] | None = N
     """Packs pymatgen structures; mixed sites become several rows at one place.
 
     Raises:
-        ValueError: for a species that is no element.
+        TypeError: for anything but several Structures.
+        ValueError: for a species that is no element, or another number of ids.
     """
+    from pymatgen.core import IStructure
+
+    if isinstance(structures, IStructure) or not all(isinstance(one, IStructure) for one in structures):
+        raise TypeError("from_pymatgen: structures must be a list of Structures, got something else")
     atoms = []
     for structure in structures:
         rows = []
@@ -358,7 +365,16 @@ def to_pymatgen(structure: PackedStructures) -> Structure:
 
 
 def from_ase(atoms: Sequence[Atoms], ids: Sequence[str] | None = None) -> PackedStructures:
-    """Packs ASE Atoms with full occupancy."""
+    """Packs ASE Atoms with full occupancy.
+
+    Raises:
+        TypeError: for anything but several Atoms.
+        ValueError: for another number of ids.
+    """
+    from ase import Atoms
+
+    if isinstance(atoms, Atoms) or not all(isinstance(one, Atoms) for one in atoms):
+        raise TypeError("from_ase: atoms must be a list of Atoms, got something else")
     parts = [(a.numbers, a.get_scaled_positions(wrap=True), np.ones(len(a)), np.zeros(len(a))) for a in atoms]
     names = list(ids) if ids is not None else [f"structure-{i}" for i in range(len(parts))]
     return from_arrays([np.asarray(a.cell) for a in atoms], parts, names)
@@ -442,20 +458,21 @@ def _joined_offsets(offsets: Sequence[Tensor]) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat([o.diff() for o in offsets]).cumsum(0)])
 
 
-def _structure_files(paths: Iterable[str | Path]) -> Iterator[Path]:
+def _structure_files(paths: Iterable[str | Path]) -> Iterator[tuple[Path, str]]:
+    """Files, and what they are called."""
     for path in map(Path, paths):
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".cif", ".npz") and p.is_file())
             if not found:
                 raise InputError(f"{path}: folder: must hold .cif or packed .npz files, got none")
-            yield from found
+            yield from ((file, file.relative_to(path).as_posix()) for file in found)
         elif not path.exists():
             raise InputError(f"{path}: file: must exist, got none")
         elif path.suffix.lower() not in (".cif", ".npz", ".safetensors"):
             got = path.suffix or "no suffix"
             raise InputError(f"{path}: type: must be .cif, .npz or .safetensors, got {got}")
         else:
-            yield path
+            yield path, path.name
 
 
 def check_packed(path: Path, structures: PackedStructures) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
+import warnings
 
 import torch
 from torch import Tensor, nn
 
-from xrdfast.errors import InputError, shown_path
+from xrdfast.errors import InputError
 from xrdfast.models.encoder import N_POINTS
 from xrdfast.models.xrdecoupler import SymmetryModel
 
@@ -16,41 +16,39 @@ SUFFIXES = (".onnx", ".pt2")
 _OPSET = 18  # the first with a scatter that keeps the maximum
 
 
-def export_model(model: SymmetryModel, path: str | Path) -> None:
-    """Writes a model whose input is `intensity` (n_patterns, 8500) float32, 0 to 100, n_patterns free.
+def encode_model(model: SymmetryModel, suffix: str) -> bytes:
+    """Content of a file with a model whose input is `intensity` (n_patterns, 8500) float32, 0 to 100, n_patterns free.
 
-    Outputs are the logits of `SymmetryModel.tasks` in their order, named by task in ONNX. A preset with operators of
-    this package's own runs from .pt2 where xrdfast is installed, and has no ONNX form.
+    Outputs are the logits of `SymmetryModel.tasks` in their order, named by task in ONNX. Not for a preset that
+    computes other rows for every pattern (`paper`): no fixed graph holds that.
 
     Args:
         model: in evaluation mode, on the CPU.
-        path: ends in .onnx or .pt2.
+        suffix: of the file, one of SUFFIXES.
 
     Raises:
-        InputError: for another name, a model without an ONNX form, or where the file cannot be written.
+        ValueError: for another suffix.
+        InputError: for a model that no fixed graph holds.
         ImportError: .onnx needs the packages onnx and onnxscript.
     """
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise InputError(
-            f"{shown_path(path)}: name: must end in {' or '.join(SUFFIXES)}, got {path.suffix!r}"
-        )
+    if suffix not in SUFFIXES:
+        raise ValueError(f"encode_model: suffix must be one of {', '.join(SUFFIXES)}, got {suffix!r}")
     example = torch.zeros(2, N_POINTS)
     example[:, ::100] = 50.0
     free = ({0: torch.export.Dim("n_patterns", min=1, max=1 << 20)},)
-    with torch.no_grad():
-        program = torch.export.export(_Logits(model).eval(), (example,), dynamic_shapes=free)
-    if path.suffix == ".pt2":
+    try:
+        with torch.no_grad():
+            program = torch.export.export(_Logits(model).eval(), (example,), dynamic_shapes=free)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:80]
+        raise InputError(f"model: must be a fixed graph, got the preset {model.preset} ({reason})") from error
+    if suffix == ".pt2":
         buffer = io.BytesIO()
         torch.export.save(program, buffer)
-        content = buffer.getvalue()
-    else:
-        if own := {
-            str(node.target) for node in program.graph.nodes if str(node.target).startswith("xrdfast.")
-        }:
-            raise InputError(
-                f"{shown_path(path)}: model: must consist of standard operators for ONNX, got {min(own)}"
-            )
+        return buffer.getvalue()
+    with warnings.catch_warnings():  # of the exporter's own parts
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
         onnx = torch.onnx.export(
             program,
             input_names=["intensity"],
@@ -59,11 +57,7 @@ def export_model(model: SymmetryModel, path: str | Path) -> None:
             dynamo=True,
             verbose=False,
         )
-        content = onnx.model_proto.SerializeToString()
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise InputError(f"{shown_path(path)}: file: must be writable, got {error.strerror}") from error
+    return onnx.model_proto.SerializeToString()
 
 
 class _Logits(nn.Module):

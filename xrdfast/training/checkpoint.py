@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from xrdfast.data.files import write_atomically
+from xrdfast.data.files import open_safetensors, write_atomically
 from xrdfast.errors import InputError
 from xrdfast.models import PRESETS, SymmetryModel, build_model
 
@@ -151,20 +150,10 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) 
 
 
 def _read(path: Path, format_name: str, *, tensors: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            # Copies: views of the map would change under us if the file were rewritten in place.
-            names = file.keys() if tensors else ()
-            content = {name: file.get_tensor(name).clone() for name in names}
-    except OSError as error:
-        raise InputError(f"{path}: file: must be readable, got {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise InputError(f"{path}: file: must be a whole safetensors file, got {error}") from error
-    if metadata.get("format") != format_name:
-        raise InputError(
-            f"{path}: format: must be {format_name}, got {metadata.get('format', 'another kind of file')}"
-        )
+    with open_safetensors(path, format_name) as (file, metadata):
+        # Copies: views of the map would change under us if the file were rewritten in place.
+        names = file.keys() if tensors else ()
+        content = {name: file.get_tensor(name).clone() for name in names}
     if metadata.get("version") != _VERSION:
         raise InputError(f"{path}: version: must be {_VERSION}, got {metadata.get('version')}")
     return metadata, content

@@ -121,7 +121,7 @@ def _one_of(names: Collection[str]) -> _Rule:
 
 _RULES: dict[str, _Rule] = {
     "model.preset": _one_of(PRESETS),
-    "data.stores": ("one store or more", lambda x: len(x) > 0),
+    "data.stores": ("one store or more", lambda x: len(x) > 0 and all(x)),
     "data.folds_validation": ("folds in 0..9", lambda x: len(x) > 0 and all(0 <= fold <= 9 for fold in x)),
     # Stores hold lines 5 % beyond their range; strains of 3 sigma must stay within it.
     "augment.strain": ("in [0, 0.02]", lambda x: 0 <= x <= 0.02),
@@ -144,11 +144,11 @@ _RULES: dict[str, _Rule] = {
     "train.logit_adjustment": ("in [0, 2]", lambda x: 0 <= x <= 2),
     "train.precision": _one_of(PRECISIONS),
     "train.device": _one_of(DEVICES),
-    "train.seed": _NOT_NEGATIVE,
+    "train.seed": ("in 0..2^63 - 1", lambda x: 0 <= x < 1 << 63),  # as the generators of torch
     "train.validate_epochs": _POSITIVE,
     "train.early_stopping_patience": _NOT_NEGATIVE,
     "train.checkpoint_minutes": _POSITIVE,
-    "train.threads": _NOT_NEGATIVE,
+    "train.threads": ("in 0..1024", lambda x: 0 <= x <= 1024),
     "train.log_steps": _POSITIVE,
     "distillation.temperature": _POSITIVE,
     "distillation.drg_weight": _NOT_NEGATIVE,
@@ -223,7 +223,7 @@ def load_config(
     tables: dict[str, Any] = copy.deepcopy(base or {})
     if path is not None:
         try:
-            tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            tables = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # Windows writes a mark
         except OSError as error:
             raise InputError(f"{path}: file: must be readable, got {error.strerror or error}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -231,7 +231,7 @@ def load_config(
     for override in overrides:
         key, equals, text = override.partition("=")
         table, dot, name = key.strip().partition(".")
-        if not (equals and dot and name):
+        if not (equals and table and dot and name):
             raise InputError(f"override: must be table.key=value, got {override!r}")
         content = tables.setdefault(table, {})
         if isinstance(content, dict):  # otherwise config_from_dict complains of the file's own table

@@ -97,6 +97,7 @@ class Trainer:
         self._processes = Processes(self.device)
 
         self.store = PatternStore.open(config.data.stores)
+        self.store.verify()
         self.source = PatternSource(self.store, augment=config.augment, device=self.device)
         self.training, self.validation = self.store.split(
             config.data.folds_validation, clean=config.data.clean
@@ -251,11 +252,16 @@ class Trainer:
     def _measure(self, logits: dict[str, Tensor]) -> dict[str, Any]:
         """Top-1 share and cross-entropy of each task."""
         index = self.store.space_group_01[self.validation].long() - 1
-        top1, loss = {}, {}
+        top1: dict[str, float] = {}
+        loss: dict[str, float | None] = {}
         for task, rows in logits.items():
             labels = self._class_index[task][index]
-            top1[task] = float((rows.argmax(dim=1) == labels).double().mean())
-            loss[task] = float(F.cross_entropy(rows, labels))
+            right = (rows.argmax(dim=1) == labels) & rows.isfinite().all(
+                dim=1
+            )  # argmax takes NaN for an answer
+            top1[task] = float(right.double().mean())
+            mean = float(F.cross_entropy(rows, labels))
+            loss[task] = mean if math.isfinite(mean) else None  # JSON has no NaN
         return {"step": self.step, "top1": top1, "loss": loss}
 
     def _finish_model(self) -> dict[str, Any]:
@@ -264,6 +270,11 @@ class Trainer:
         path = self.out_dir / checkpoint.MODEL_FILE
         self.averaged.load_state_dict(checkpoint.load_model(path, self.device).state_dict())
         logits = self._averaged_logits()
+        if not all(bool(rows.isfinite().all()) for rows in logits.values()):
+            raise InputError(
+                f"{self.out_dir}: train.learning_rate: must be lower for this run: it diverged, "
+                "and its best model gives NaN or infinity on validation patterns"
+            )
         number = self.store.space_group_01[self.validation].long()
         calibration = fit_calibration(logits, number).to_dict()
         metrics = self.best | evaluate_predictions(logits, number)
@@ -481,6 +492,11 @@ class Trainer:
         size, processes = self.config.train.batch_size, self._processes.count
         if size % processes:
             raise InputError(f"train.batch_size: must be a multiple of {processes} processes, got {size}")
+        if len(self.training) == 0:
+            folds = list(self.config.data.folds_validation)
+            raise InputError(
+                f"data.folds_validation: must leave patterns to train on, got none beside {folds}"
+            )
         if size > len(self.training):
             raise InputError(
                 f"train.batch_size: must be <= {len(self.training)} training patterns, got {size}"
