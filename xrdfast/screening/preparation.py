@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,15 +58,20 @@ class Prepared:
 
 
 def prepare_chunk(chunk: Chunk, given: Radiation | None, whole: bool) -> list[Prepared | Failure]:
-    """Reads and prepares a chunk: the work of a reader process.
+    """All of `prepare_each`: the work of a reader process."""
+    return list(prepare_each(chunk, given, whole))
+
+
+def prepare_each(chunk: Chunk, given: Radiation | None, whole: bool) -> Iterator[Prepared | Failure]:
+    """Reads and prepares a chunk, scan by scan.
 
     Args:
         chunk: of `find_chunks`.
         given: radiation for files that state none.
         whole: scans keep their points, for a model that reads scans; else their peaks are found.
     """
-    found = read_chunk(chunk, given)
-    return [one if isinstance(one, Failure) else prepare(one, whole) for one in found]
+    for one in read_chunk(chunk, given):
+        yield one if isinstance(one, Failure) else prepare(one, whole)
 
 
 def prepare_scan(scan: Scan, whole: bool) -> Prepared | Failure:

@@ -20,6 +20,7 @@ import hashlib
 import itertools
 import os
 import tarfile
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -286,14 +287,13 @@ def _opened(chunk: Chunk) -> Iterator[Any]:
 
     Without that, archives that can only be read forwards would be read from their beginning for every chunk.
     """
-    global _kept
     (path,) = chunk.paths
     try:
         status = os.stat(path)
     except OSError as error:
         raise InputError(f"{shown_path(path)}: file: must be readable, got {error.strerror}") from error
     key = (chunk.kind, path, status.st_ino, status.st_size, status.st_mtime_ns)
-    (kept_key, container), _kept = _kept or (None, None), None
+    (kept_key, container), _kept.container = getattr(_kept, "container", None) or (None, None), None
     if kept_key != key:
         if container is not None:
             container.close()
@@ -304,12 +304,12 @@ def _opened(chunk: Chunk) -> Iterator[Any]:
         container.close()
         raise
     if chunk.end < chunk.n_scans:
-        _kept = key, container
+        _kept.container = key, container
     else:
         container.close()
 
 
-_kept: tuple[tuple[object, ...], Any] | None = None
+_kept = threading.local()  # of each thread, its `container` and the key of that
 
 
 def _failure(file: str, member: str, index: int, reason: str) -> Failure:
