@@ -36,7 +36,7 @@ from xrdfast.screening.packed import SUFFIX, PackedScans
 from xrdfast.screening.stacks import Hdf5Stack, NpzStack
 
 CHUNK_FILES = 128
-CHUNK_SCANS = 512  # of a container; a chunk is what a killed run does again
+CHUNK_SCANS = 256  # of a container; a chunk is what a killed run does again
 _MAX_SKIPPED = 1 << 30  # bytes of one member of a compressed tar; the next lies behind it
 _TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
 _KINDS = {
@@ -354,6 +354,7 @@ def _read_tar(chunk: Chunk, given: Radiation | None) -> Iterator[Found | Failure
 
 def _read_container(chunk: Chunk, given: Radiation | None) -> Iterator[Found | Failure]:
     (path,) = chunk.paths
+    axis, of_axis = None, hashlib.sha256()
     with _opened(chunk) as container:
         for index in range(chunk.begin, chunk.end):
             start = time.perf_counter()
@@ -363,7 +364,9 @@ def _read_container(chunk: Chunk, given: Radiation | None) -> Iterator[Found | F
             except InputError as error:
                 yield _failure(path, "", index, f"{shown_path(path)}: scan {index}: {error}")
                 continue
-            digest = hashlib.sha256(scan.two_theta)
+            if scan.two_theta is not axis:  # many scans share one array
+                axis, of_axis = scan.two_theta, hashlib.sha256(scan.two_theta)
+            digest = of_axis.copy()
             digest.update(scan.intensity)
             seconds = time.perf_counter() - start
             yield Found(scan, printable(path), member, index, digest.hexdigest(), seconds)
