@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -25,10 +26,10 @@ from xrdfast.errors import InputError
 from xrdfast.models import build_model
 from xrdfast.posterior import Calibration
 from xrdfast.prediction import SUPERCLASSES, SymmetryPredictor
-from xrdfast.screening import sources
+from xrdfast.screening import pipeline, sources
 from xrdfast.screening.packed import pack
 from xrdfast.screening.pipeline import Screener, rank_of_environment
-from xrdfast.screening.results import SCHEMA
+from xrdfast.screening.results import SCHEMA, write_table
 from xrdfast.symmetry import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,7 +167,7 @@ KILLED = """
 import sys
 import torch
 from xrdfast.models import build_model
-from xrdfast.screening import sources
+from xrdfast.screening import pipeline, sources
 from xrdfast.screening.pipeline import Screener
 
 torch.manual_seed(0)
@@ -258,6 +259,65 @@ def test_reader_processes_give_the_same(predictor, tmp_path, small_chunks):
         done = Screener(predictor, n_readers=n_readers).screen(paths, tmp_path / f"{n_readers}.parquet")
         assert done == (11, 0)
     assert table(tmp_path / "0.parquet") == table(tmp_path / "2.parquet")
+
+
+def test_readers_need_no_torch(tmp_path):
+    """Nor pandas: what each reader process would have to load before it reads."""
+    path = write_folder(tmp_path / "scans", 1) / "0000.xy"
+    program = (
+        "import sys; from xrdfast.screening import readers; "
+        "from xrdfast.screening.sources import Chunk; "
+        f"(scan,) = readers.prepare_chunk(Chunk('files', ({str(path)!r},)), None, True); "
+        "print(scan.n_points, {'torch', 'pandas', 'pyarrow'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["1701", "set()"], done.stderr
+
+
+def test_threads_keep_the_order_and_hold_back():
+    """Results come in order, a few items ahead of who takes them; torch's own threads are as before."""
+    before, taken = torch.get_num_threads(), 0
+
+    def items():
+        nonlocal taken
+        for i in range(100):
+            taken += 1
+            yield i
+
+    def work(i: int) -> tuple[int, int]:
+        time.sleep(0.001 * (i % 3))
+        return i, torch.get_num_threads()
+
+    with pipeline._Threads(3) as threads:
+        for i, found in enumerate(threads.each(work, items())):
+            assert found == (i, 1) and taken <= i + 1 + 4
+    assert taken == 100 and torch.get_num_threads() == before
+
+
+def test_threads_end_with_who_asked():
+    """Work half done stops at its next scan, and an error of one thread is the caller's."""
+    begun = threading.Event()
+
+    def endless(threads, _):
+        for _ in threads.until_ended(iter(int, 1)):
+            begun.set()
+
+    with pytest.raises(KeyboardInterrupt), pipeline._Threads(2) as threads:
+        for _ in threads.each(lambda item: endless(threads, item) if item else None, range(2)):
+            assert begun.wait(60.0)
+            raise KeyboardInterrupt
+    with pytest.raises(ZeroDivisionError), pipeline._Threads(2) as threads:
+        list(threads.each(lambda item: 1 // item, range(2)))
+
+
+def test_parts_are_what_pyarrow_makes(predictor, tmp_path):
+    rows = list(Screener(predictor).run([write_folder(tmp_path / "scans", 3)]))
+    rows[1] |= {"member": "Ä\u4e2d", "notes": ["", "a\nb", "ö"], "credible_set": [], "confidence": None}
+    rows[2] = dict.fromkeys(rows[2])
+    for n in (0, 1, 3):
+        write_table(tmp_path / "part.parquet", rows[:n])
+        pq.read_table(tmp_path / "part.parquet").validate(full=True)
+        assert pq.read_table(tmp_path / "part.parquet") == pa.Table.from_pylist(rows[:n], schema=SCHEMA)
 
 
 def test_ranks_share_the_work(predictor, tmp_path, small_chunks, monkeypatch):

@@ -72,7 +72,7 @@ class PatchMerge(nn.Module):
         first, second = self.weight.chunk(2)
         torch.addmm(self.bias, rows[:-1], first.T, out=y[:-1])
         y[:-1].addmm_(rows[1:], second.T)
-        return y.view(n_patterns, n_patches, -1)[:, :-1]
+        return y.view(n_patterns, n_patches, self.bias.shape[0])[:, :-1]
 
 
 class SmallEncoder(nn.Module):
