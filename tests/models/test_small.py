@@ -8,7 +8,9 @@ import torch
 from xrdfast.models.small import PatchMerge, SmallEncoder
 
 
-@pytest.mark.parametrize(("length", "stride", "n_patterns"), [(4096, 16, 3), (257, 2, 2), (66, 2, 1), (7, 3, 5)])
+@pytest.mark.parametrize(
+    ("length", "stride", "n_patterns"), [(4096, 16, 3), (257, 2, 2), (66, 2, 1), (7, 3, 5)]
+)
 def test_merging_without_gradients(length, stride, n_patterns):
     """Nothing crosses from one pattern to the next; in double, so that nothing hides in rounding."""
     torch.manual_seed(0)

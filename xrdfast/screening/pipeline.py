@@ -330,11 +330,11 @@ class Screener:
             return []
         return [f"range too short: {max(covered, 0.0):.0f} of the model's {whole:.0f} degrees are measured"]
 
-    def _read(self, chunk: Chunk, prepared: Sequence[Prepared | Failure] | None) -> Iterable[Prepared | Failure]:
+    def _read(
+        self, chunk: Chunk, prepared: Sequence[Prepared | Failure] | None
+    ) -> Iterable[Prepared | Failure]:
         """The scans of a chunk that no reader has read."""
-        return (
-            prepare_each(chunk, self.given, self.predictor.reads_scans) if prepared is None else prepared
-        )
+        return prepare_each(chunk, self.given, self.predictor.reads_scans) if prepared is None else prepared
 
     def _readers(self) -> Readers:
         return Readers(self.n_readers, self.given, self.predictor.reads_scans)

@@ -89,7 +89,9 @@ def _native_decimals(content: np.ndarray) -> np.ndarray | None:  # (n_bytes,) ui
     if module is None:
         return None
     value = np.empty(len(content) // 2 + 1)
-    n_values, n_columns = module.parse_columns(content.ctypes.data, value.ctypes.data, len(content), _MAX_LINE)
+    n_values, n_columns = module.parse_columns(
+        content.ctypes.data, value.ctypes.data, len(content), _MAX_LINE
+    )
     return value[:n_values].reshape(-1, n_columns) if n_columns else None
 
 
