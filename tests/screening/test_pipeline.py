@@ -27,9 +27,11 @@ from xrdfast.models import build_model
 from xrdfast.posterior import Calibration
 from xrdfast.prediction import SUPERCLASSES, SymmetryPredictor
 from xrdfast.screening import pipeline, sources
+from xrdfast.screening.manifest import Manifest
 from xrdfast.screening.packed import pack
 from xrdfast.screening.pipeline import Screener, rank_of_environment
 from xrdfast.screening.results import SCHEMA, write_table
+from xrdfast.screening.sources import Chunk
 from xrdfast.symmetry import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -294,20 +296,39 @@ def test_threads_keep_the_order_and_hold_back():
     assert taken == 100 and torch.get_num_threads() == before
 
 
-def test_threads_end_with_who_asked():
-    """Work half done stops at its next scan, and an error of one thread is the caller's."""
-    begun = threading.Event()
+def test_an_error_of_a_thread_is_the_callers():
+    """And nothing that waits is begun any more."""
+    begun = []
 
-    def endless(threads, _):
-        for _ in threads.until_ended(iter(int, 1)):
-            begun.set()
+    def work(item: int) -> float:
+        begun.append(item)
+        return 1 / (1 - item)
 
-    with pytest.raises(KeyboardInterrupt), pipeline._Threads(2) as threads:
-        for _ in threads.each(lambda item: endless(threads, item) if item else None, range(2)):
-            assert begun.wait(60.0)
-            raise KeyboardInterrupt
-    with pytest.raises(ZeroDivisionError), pipeline._Threads(2) as threads:
-        list(threads.each(lambda item: 1 // item, range(2)))
+    with pytest.raises(ZeroDivisionError), pipeline._Threads(1) as threads:
+        list(threads.each(work, range(100)))
+    assert begun[:2] == [0, 1] and len(begun) <= 4
+
+
+def test_a_chunk_is_answered_in_pieces(predictor, tmp_path, monkeypatch):
+    """Larger than a batch, read by whoever answers or not; a packed file that is cut is one failure a chunk."""
+    monkeypatch.setattr(sources, "CHUNK_SCANS", 5)
+    folder, packed = write_folder(tmp_path / "scans", 7), tmp_path / "all.scans.safetensors"
+    pack(packed, (read(path) for path in sorted(folder.iterdir())))
+    whole = Screener(predictor)
+    for n_readers in (0, 1):
+        done: list[int] = []
+        pieces = Screener(predictor, batch_size=2, n_readers=n_readers)
+        output = tmp_path / f"{n_readers}.parquet"
+        told = pieces.screen([packed, folder], output, progress=lambda now, *_, done=done: done.append(now))
+        assert told == (14, 0)
+        assert done == [5, 7, 14]
+        names = pq.read_table(output, columns=["scan_id"])["scan_id"].to_pylist()
+        assert names == [row["scan_id"] for row in whole.run([packed, folder])]
+    chunk = Chunk("packed", (str(tmp_path / "gone.scans.safetensors"),), 0, 5, 5)
+    manifest = Manifest(tmp_path / "gone.parquet", whole.digest())
+    with open(manifest.parts / "manifest.jsonl", "a") as file:
+        file.write(json.dumps(chunk.to_dict()) + "\n")
+    assert pieces.screen([], tmp_path / "gone.parquet") == (0, 1)  # found, and away before it was read
 
 
 def test_parts_are_what_pyarrow_makes(predictor, tmp_path):

@@ -11,12 +11,12 @@ import hashlib
 import json
 import math
 import os
-import threading
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +31,7 @@ from xrdfast.models import SymmetryModel
 from xrdfast.posterior import joint_posterior
 from xrdfast.prediction import SUPERCLASSES, SymmetryPredictor
 from xrdfast.screening.manifest import Manifest, part_errors
-from xrdfast.screening.preparation import Prepared, prepare_each, prepare_scan
+from xrdfast.screening.preparation import Prepared, prepare_chunk, prepare_scan
 from xrdfast.screening.readers import Readers
 from xrdfast.screening.results import (
     count_rows,
@@ -48,6 +48,9 @@ CREDIBLE = 0.95
 _KEPT_BYTES = 31 << 20  # the most that glibc takes for a threshold is 32 MB
 _SHORT = 0.5  # of the model's range: less of it measured is noted
 _In, _Out = TypeVar("_In"), TypeVar("_Out")
+_Piece = (
+    Sequence[Prepared | Failure] | Chunk
+)  # a batch of scans, or the part of a packed file that holds them
 Progress = Callable[[int, int, int], None]  # scans answered, failures, scans known so far
 
 
@@ -117,14 +120,13 @@ class Screener:
         everything = chain((first,), items)
         whole = self.predictor.reads_scans
         with self._readers() as readers, self._threads() as threads:
-            pieces: Iterable[Iterable[Prepared | Failure]]
+            pieces: Iterable[_Piece]
             if isinstance(first, Scan):
                 pieces = _batched((prepare_scan(scan, whole) for scan in everything), self.batch_size)
             else:
                 chunks = enumerate(find_chunks(find_files(everything)))
-                pieces = (self._read(chunk, prepared) for _, chunk, prepared in readers.read(chunks))
-            answers = threads.each(lambda piece: self.answer(threads.until_ended(piece)), pieces)
-            for rows, failures in answers:
+                pieces = (piece for *_, piece in self._pieces(readers.read(chunks)))
+            for rows, failures in threads.each(self._answer_piece, pieces):
                 for failure in failures:
                     tell(failure)
                 yield from rows
@@ -172,16 +174,21 @@ class Screener:
 
         def work(chunks: Iterable[tuple[int, Chunk]]) -> None:
             nonlocal answered, failed
-
-            def answer(read: tuple[int, Chunk, Sequence[Prepared | Failure] | None]) -> tuple[int, int]:
-                number, chunk, prepared = read
-                rows, failures = self.answer(threads.until_ended(self._read(chunk, prepared)))
-                write_part(manifest, number, chunk, rows, failures)
-                return len(rows), len(failures)
-
+            rows: list[dict[str, Any]] = []
+            failures: list[Failure] = []
             with self._readers() as readers, self._threads() as threads:
-                for n_rows, n_failures in threads.each(answer, readers.read(mine(chunks))):
-                    answered, failed = answered + n_rows, failed + n_failures
+                pieces = self._pieces(readers.read(mine(chunks)))
+                for (number, chunk, is_last, _), found in threads.each(
+                    lambda one: (one, self._answer_piece(one[3])), pieces
+                ):
+                    rows += found[0]
+                    failures += found[1]
+                    if not is_last:
+                        continue
+                    failures = list(dict.fromkeys(failures))  # what ails a whole file, its pieces all say
+                    write_part(manifest, number, chunk, rows, failures)
+                    answered, failed = answered + len(rows), failed + len(failures)
+                    rows, failures = [], []
                     if progress is not None:
                         progress(answered, failed, max(known, answered + failed))
 
@@ -206,7 +213,7 @@ class Screener:
             return None
         return count_rows(output), sum(1 for _ in read_failures(errors_path(output)))
 
-    def answer(self, prepared: Iterable[Prepared | Failure]) -> tuple[list[dict[str, Any]], list[Failure]]:
+    def answer(self, prepared: Sequence[Prepared | Failure]) -> tuple[list[dict[str, Any]], list[Failure]]:
         """Rows and failures of prepared scans, in their order."""
         rows: list[dict[str, Any]] = []
         failures: list[Failure] = []
@@ -330,11 +337,25 @@ class Screener:
             return []
         return [f"range too short: {max(covered, 0.0):.0f} of the model's {whole:.0f} degrees are measured"]
 
-    def _read(
-        self, chunk: Chunk, prepared: Sequence[Prepared | Failure] | None
-    ) -> Iterable[Prepared | Failure]:
-        """The scans of a chunk that no reader has read."""
-        return prepare_each(chunk, self.given, self.predictor.reads_scans) if prepared is None else prepared
+    def _pieces(
+        self, read: Iterable[tuple[int, Chunk, list[Prepared | Failure] | None]]
+    ) -> Iterator[tuple[int, Chunk, bool, _Piece]]:
+        """Chunks cut into batches, each with whether it is the chunk's last."""
+        for number, chunk, prepared in read:
+            n_scans = chunk.end - chunk.begin if prepared is None else len(prepared)
+            for at in range(0, max(n_scans, 1), self.batch_size):
+                end = min(at + self.batch_size, n_scans)
+                piece: _Piece = (
+                    replace(chunk, begin=chunk.begin + at, end=chunk.begin + end)
+                    if prepared is None
+                    else prepared[at:end]
+                )
+                yield number, chunk, end == n_scans, piece
+
+    def _answer_piece(self, piece: _Piece) -> tuple[list[dict[str, Any]], list[Failure]]:
+        if isinstance(piece, Chunk):
+            piece = prepare_chunk(piece, self.given, self.predictor.reads_scans)
+        return self.answer(piece)
 
     def _readers(self) -> Readers:
         return Readers(self.n_readers, self.given, self.predictor.reads_scans)
@@ -356,7 +377,6 @@ class _Threads:
 
     def __init__(self, n_threads: int) -> None:
         self._n_threads = n_threads
-        self._ended = threading.Event()
 
     def __enter__(self) -> _Threads:
         self._before = torch.get_num_threads()
@@ -367,7 +387,6 @@ class _Threads:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended.set()
         self._pool.shutdown(cancel_futures=True)
         torch.set_num_threads(self._before)  # what new threads get is set with it
 
@@ -380,13 +399,6 @@ class _Threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-    def until_ended(self, items: Iterable[_In]) -> Iterator[_In]:
-        """The items, until nobody waits for their answers any more."""
-        for item in items:
-            if self._ended.is_set():
-                raise CancelledError
-            yield item
 
 
 def rank_of_environment() -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,26 +57,23 @@ class Prepared:
 
 
 def prepare_chunk(chunk: Chunk, given: Radiation | None, whole: bool) -> list[Prepared | Failure]:
-    """All of `prepare_each`: the work of a reader process."""
-    return list(prepare_each(chunk, given, whole))
-
-
-def prepare_each(chunk: Chunk, given: Radiation | None, whole: bool) -> Iterator[Prepared | Failure]:
-    """Reads and prepares a chunk, scan by scan.
+    """Reads and prepares a chunk: the work of a reader process.
 
     Args:
         chunk: of `find_chunks`.
         given: radiation for files that state none.
         whole: scans keep their points, for a model that reads scans; else their peaks are found.
     """
+    prepared: list[Prepared | Failure] = []
     axis: Axis | None = None
     for one in read_chunk(chunk, given):
         if isinstance(one, Failure):
-            yield one
+            prepared.append(one)
             continue
         if axis is None or axis.two_theta is not one.scan.two_theta:  # many scans share one array
             axis = Axis(one.scan.two_theta)
-        yield prepare(one, axis, whole)
+        prepared.append(prepare(one, axis, whole))
+    return prepared
 
 
 def prepare_scan(scan: Scan, whole: bool) -> Prepared | Failure:

@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 from xrdfast.bragg import Radiation
 from xrdfast.screening.preparation import Prepared, prepare_chunk
-from xrdfast.screening.sources import Chunk, Failure
+from xrdfast.screening.sources import Chunk, Failure, close_containers
 
 Scans = list[Prepared | Failure]
 
@@ -22,7 +22,7 @@ class Readers:
     """Processes that prepare chunks; packed ones are left to whoever answers them, as they are arrays already.
 
     Args:
-        n_readers: processes; 0 leaves every chunk.
+        n_readers: processes; 0 reads in this one.
         given: radiation for files that state none.
         whole: as `prepare_chunk` takes it.
     """
@@ -36,19 +36,23 @@ class Readers:
 
     def __exit__(self, *_: object) -> None:
         self._stop()
+        close_containers()
 
     def read(self, chunks: Iterable[tuple[int, Chunk]]) -> Iterator[tuple[int, Chunk, Scans | None]]:
         """Chunks with their prepared scans, in order, at most `n_readers` + 2 on their way; None: still to be read."""
         waiting: deque[tuple[int, Chunk, Future[Scans] | None]] = deque()
         for number, chunk in chunks:
-            is_left = self._n_readers == 0 or chunk.kind == "packed"
-            waiting.append((number, chunk, None if is_left else self._submit(chunk)))
-            if len(waiting) > self._n_readers + 1:
+            waiting.append((number, chunk, None if chunk.kind == "packed" else self._submit(chunk)))
+            if len(waiting) > (self._n_readers and self._n_readers + 1):
                 yield self._result(*waiting.popleft())
         while waiting:
             yield self._result(*waiting.popleft())
 
     def _submit(self, chunk: Chunk) -> Future[Scans]:
+        if self._n_readers == 0:
+            done: Future[Scans] = Future()
+            done.set_result(prepare_chunk(chunk, self._given, self._whole))
+            return done
         if self._pool is None:
             self._pool = ProcessPoolExecutor(
                 self._n_readers,

@@ -293,10 +293,8 @@ def _opened(chunk: Chunk) -> Iterator[Any]:
     except OSError as error:
         raise InputError(f"{shown_path(path)}: file: must be readable, got {error.strerror}") from error
     key = (chunk.kind, path, status.st_ino, status.st_size, status.st_mtime_ns)
-    (kept_key, container), _kept.container = getattr(_kept, "container", None) or (None, None), None
-    if kept_key != key:
-        if container is not None:
-            container.close()
+    container = _take_kept(key)
+    if container is None:
         container = _CONTAINERS[chunk.kind](path)
     try:
         yield container
@@ -304,12 +302,30 @@ def _opened(chunk: Chunk) -> Iterator[Any]:
         container.close()
         raise
     if chunk.end < chunk.n_scans:
-        _kept.container = key, container
+        with _lock:
+            _kept.append((key, container))
     else:
         container.close()
 
 
-_kept = threading.local()  # of each thread, its `container` and the key of that
+def _take_kept(key: tuple[object, ...]) -> Any | None:
+    """A container that no thread is reading; those of other files are closed."""
+    with _lock:
+        mine = [container for of, container in _kept if of == key]
+        for of, container in _kept:
+            if of != key:
+                container.close()
+        _kept[:] = [(key, container) for container in mine[1:]]
+    return mine[0] if mine else None
+
+
+def close_containers() -> None:
+    """Closes what is kept open for chunks that will not come."""
+    _take_kept(())
+
+
+_kept: list[tuple[tuple[object, ...], Any]] = []  # one a thread at most
+_lock = threading.Lock()
 
 
 def _failure(file: str, member: str, index: int, reason: str) -> Failure:
