@@ -1,8 +1,9 @@
 """Scans to rows of answers: readers ahead of the model, a bounded number of chunks between them, parts behind it.
 
-Readers are processes (`n_readers`), which take no torch with them, or the calling one. At most `n_readers` + 2 chunks
-are being read or wait for the model, so memory does not depend on how many scans there are, and readers rest where
-the model is slower.
+Readers are processes (`n_readers`), which take no torch with them, or the calling one; packed scans are read where they
+are answered. Threads answer batches, one a core. At most `n_readers` + 2 chunks are being read or wait, and one batch
+more than there are threads is being answered, so memory does not depend on how many scans there are, and readers rest
+where the model is slower.
 """
 
 from __future__ import annotations
