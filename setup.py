@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent
 
 
 def extensions() -> list[Extension]:
-    """The CPU module for any x86-64 (hot loops are cloned per instruction-set level), or nothing by default."""
+    """The CPU modules for any x86-64 (hot loops are cloned per instruction-set level), or nothing by default."""
     if os.environ.get("XRDFAST_AOT") != "1":
         return []
     from importlib.util import find_spec
@@ -26,24 +26,19 @@ def extensions() -> list[Extension]:
         raise SystemExit(
             "XRDFAST_AOT=1 needs pybind11's headers: pip install pybind11, then add --no-build-isolation"
         )
+    flags = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+    text = {"csrc/bind_text.cpp", "csrc/columns.cpp"}  # read without torch, so without its OpenMP library
+    rest = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp")} - {"csrc/bind_cuda.cpp"} - text
     return [
         Extension(
-            "xrdfast._cpu",
-            sorted(
-                str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp") if p.name != "bind_cuda.cpp"
-            ),
+            name,
+            sorted(sources),
             include_dirs=["csrc", str(include)],
             define_macros=[("XRDFAST_AOT", "1")],
-            extra_compile_args=[
-                "-std=c++17",
-                "-O3",
-                "-fno-math-errno",
-                "-fno-trapping-math",
-                "-fopenmp",
-                "-fvisibility=hidden",
-            ],
-            extra_link_args=["-fopenmp"],
+            extra_compile_args=[*flags, *openmp],
+            extra_link_args=openmp,
         )
+        for name, sources, openmp in (("xrdfast._text", text, []), ("xrdfast._cpu", rest, ["-fopenmp"]))
     ]
 
 

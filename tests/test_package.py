@@ -30,7 +30,14 @@ ARROWS = {
     "scattering": set(),
     "_native": set(),
     "ops": {"_native", "scattering"},
-    "data": {"symmetry", "bragg", "scattering", "ops", "errors"},
+    "data": {
+        "symmetry",
+        "bragg",
+        "scattering",
+        "ops",
+        "errors",
+        "_native",
+    },  # text is parsed without torch, which ops need
     "models": {"ops", "symmetry", "bragg", "errors"},
     "posterior": {"symmetry"},
     "suspicion": {"posterior"},

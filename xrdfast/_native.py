@@ -36,6 +36,7 @@ _PACKAGE = Path(__file__).resolve().parent
 CSRC = _PACKAGE / "csrc" if (_PACKAGE / "csrc").is_dir() else _PACKAGE.parent / "csrc"
 EXTENSION_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
+TEXT_SOURCES = ("bind_text.cpp", "columns.cpp")  # of _text; every other .cpp but one is _cpu's
 _CXX_FLAGS = [
     "-std=c++17",
     "-O3",
@@ -70,6 +71,11 @@ def cuda() -> ModuleType | None:
     return _module("_cuda")
 
 
+def text() -> ModuleType | None:
+    """The parser of text, or None. It has no threads and needs no torch, so that readers of files do without."""
+    return _module("_text")
+
+
 def backend() -> str:
     """The value of XRDFAST_BACKEND.
 
@@ -90,7 +96,7 @@ def build() -> list[Path]:
     """
     files = []
     with _lock:
-        for name in ["_cpu", "_cuda"] if _has_cuda() else ["_cpu"]:
+        for name in ["_text", "_cpu", "_cuda"] if _has_cuda() else ["_text", "_cpu"]:
             _modules[name] = _load_or_build(name)
             files.append(Path(_modules[name].__file__))
     return files
@@ -114,7 +120,7 @@ def status() -> dict[str, object]:
 
         report["torch"] = torch.__version__
         report["threads"] = torch.get_num_threads()
-    for name in ("_cpu", "_cuda"):
+    for name in ("_text", "_cpu", "_cuda"):
         if name == "_cuda" and not _has_cuda():
             report[name] = "not used: torch sees no CUDA device"
             continue
@@ -159,8 +165,8 @@ def _module(name: str) -> ModuleType | None:
 
 
 def _load_or_build(name: str) -> ModuleType:
-    # torch first: it brings the OpenMP library whose thread pool the kernels share.
-    import torch  # noqa: F401
+    if name != "_text":  # torch first: it brings the OpenMP library whose thread pool the kernels share
+        import torch  # noqa: F401
 
     try:
         return importlib.import_module(f"xrdfast.{name}")
@@ -186,7 +192,7 @@ def build_module(name: str, *, emulator: Path | None = None) -> Path:
     """Compiles a module unless the cache has it.
 
     Args:
-        name: "_cpu", "_cuda", or "_emu": the CUDA sources compiled by the C++ compiler against an emulator.
+        name: "_text", "_cpu", "_cuda", or "_emu": the CUDA sources compiled by the C++ compiler against an emulator.
         emulator: folder of the emulator's headers, for "_emu".
 
     Returns:
@@ -227,11 +233,15 @@ def _plan(name: str, emulator: Path | None) -> _Plan:
     include = [f"-I{CSRC}", f"-I{_pybind11_include()}", f"-I{sysconfig.get_paths()['include']}"]
     kernels, folders = sorted(CSRC.glob("*.cu")), [CSRC]
     if name == "_cpu":
-        sources = {p: [*cxx, *_CXX_FLAGS, *include] for p in CSRC.glob("*.cpp") if p.name != "bind_cuda.cpp"}
+        others = ("bind_cuda.cpp", *TEXT_SOURCES)
+        sources = {p: [*cxx, *_CXX_FLAGS, *include] for p in CSRC.glob("*.cpp") if p.name not in others}
         # The longest compile first; optimising what only hands addresses on would make it half as long again.
         binding = CSRC / "bind_cpu.cpp"
         sources = {binding: [*sources.pop(binding), "-O1"], **dict(sorted(sources.items()))}
         link = [*cxx, "-shared", "-fopenmp"]
+    elif name == "_text":
+        sources = {CSRC / source: [*cxx, *_CXX_FLAGS, *include] for source in TEXT_SOURCES}
+        link = [*cxx, "-shared"]
     elif name == "_emu":
         flags = [
             *(f for f in _CXX_FLAGS if f not in ("-O3", "-march=native")),

@@ -174,7 +174,8 @@ class SymmetryPredictor:
         self.augment = augment or AugmentConfig()
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where the model is."""
         return next(self.model.parameters()).device
 
     @property
@@ -216,7 +217,7 @@ class SymmetryPredictor:
     def logits(self, intensity: Tensor) -> dict[str, Tensor]:
         """Logits on the CPU, by task, of patterns as `posterior` takes them."""
         with torch.inference_mode():
-            logits = self.model(intensity.to(self._device))._asdict()
+            logits = self.model(intensity.to(self.device))._asdict()
         return {task: rows.float().cpu() for task, rows in logits.items() if rows is not None}
 
     def store_logits(
@@ -241,7 +242,7 @@ class SymmetryPredictor:
                 f"{names}: simulation.wavelength: must be the model's {self.wavelength}, "
                 f"got {store.simulation.wavelength}"
             )
-        source = PatternSource(store, self.grid, self.augment, self._device)
+        source = PatternSource(store, self.grid, self.augment, self.device)
         pieces, labels, done = [], [], 0
         for batch in rows.split(_BATCH):
             intensity, number = source.batch(batch)

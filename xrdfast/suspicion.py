@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xrdfast.posterior import Calibration, JointPosterior
 
+_TINY = 1e-30  # no share that counts, and a logarithm
 _PATCH = 10  # points, as the encoder's
 # Of simulated laboratory scans 99 % have crests below the first, of amorphous halos 99 % above the second.
 _CREST_CRYSTAL, _CREST_HALO = 0.21, 0.24
@@ -43,8 +44,9 @@ def doubts(
     unlike = disagreement(logits, posterior, calibration)
     known = is_whole if unlike is None else torch.ones_like(is_whole)
     heads = torch.zeros(len(is_whole)) if unlike is None else unlike
-    total = 1.0 - (1.0 - heads) * (1.0 - halo(intensity) * is_whole)
-    return _where(known, total), _where(is_whole, several_phases(posterior, intensity))
+    high = crest(intensity)
+    total = 1.0 - (1.0 - heads) * (1.0 - _halo(high) * is_whole)
+    return _where(known, total), _where(is_whole, _several(_features(posterior, intensity, high)))
 
 
 def _where(known: Tensor, score: Tensor) -> list[float | None]:
@@ -72,9 +74,9 @@ def disagreement(
         temperature = calibration.temperatures[task] if calibration else 1.0
         own = (rows / temperature).softmax(dim=1)
         joint = posterior.marginal(task)
-        mean = 0.5 * (own + joint)
-        for part in (own, joint):
-            total += 0.5 * (torch.xlogy(part, part) - torch.xlogy(part, mean)).sum(dim=1)
+        mean = (0.5 * (own + joint)).clamp_min(_TINY)
+        for part in (own, joint):  # xlogy would take its logarithms one by one
+            total += 0.5 * (part * (part.clamp_min(_TINY) / mean).log()).sum(dim=1)
     return (total / (len(logits) * math.log(2.0))).clamp(0.0, 1.0)
 
 
@@ -83,10 +85,15 @@ def halo(intensity: Tensor) -> Tensor:
 
     Near 0 for the sharp peaks of crystals, near 1 for what is left of a halo or of noise, and 1 for nothing.
     """
-    low, high = math.log(_CREST_CRYSTAL), math.log(_CREST_HALO)
-    steep = 2.0 * math.log(19.0) / (high - low)  # 5 % and 95 % at the two
-    score = torch.sigmoid(steep * (crest(intensity).clamp_min(1e-6).log() - 0.5 * (low + high)))
-    return torch.where(intensity.amax(dim=1) > 0.0, score, 1.0)
+    return _halo(crest(intensity))
+
+
+def _halo(high: Tensor) -> Tensor:
+    """Of crests."""
+    low, top = math.log(_CREST_CRYSTAL), math.log(_CREST_HALO)
+    steep = 2.0 * math.log(19.0) / (top - low)  # 5 % and 95 % at the two
+    score = torch.sigmoid(steep * (high.clamp_min(1e-6).log() - 0.5 * (low + top)))
+    return torch.where(high > 0.0, score, 1.0)
 
 
 def several_phases(posterior: JointPosterior, intensity: Tensor) -> Tensor:
@@ -100,15 +107,23 @@ def several_phases(posterior: JointPosterior, intensity: Tensor) -> Tensor:
         posterior: of the patterns.
         intensity: (n_patterns, n_points) as the model saw them.
     """
-    return torch.sigmoid(phase_features(posterior, intensity) @ torch.tensor(SEVERAL_WEIGHTS)).float()
+    return _several(phase_features(posterior, intensity))
+
+
+def _several(features: Tensor) -> Tensor:
+    return torch.sigmoid(features @ torch.tensor(SEVERAL_WEIGHTS)).float()
 
 
 def phase_features(posterior: JointPosterior, intensity: Tensor) -> Tensor:
     """(n_patterns, 4): 1, the entropy of the space groups in nats, ln of the active share, ln of the crest."""
+    return _features(posterior, intensity, crest(intensity))
+
+
+def _features(posterior: JointPosterior, intensity: Tensor, high: Tensor) -> Tensor:
     share = posterior.space_group.float()
-    entropy = -torch.xlogy(share, share).sum(dim=1)
-    active, high = active_share(intensity).clamp_min(1e-6), crest(intensity).clamp_min(1e-6)
-    return torch.stack([torch.ones_like(entropy), entropy, active.log(), high.log()], dim=1)
+    entropy = -(share * share.clamp_min(_TINY).log()).sum(dim=1)
+    active = active_share(intensity).clamp_min(1e-6)
+    return torch.stack([torch.ones_like(entropy), entropy, active.log(), high.clamp_min(1e-6).log()], dim=1)
 
 
 def crest(intensity: Tensor) -> Tensor:

@@ -185,3 +185,27 @@ def test_reading_needs_no_torch(tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "scan.xy")], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+NUMBER = st.from_regex(r"-?[0-9]{0,12}(\.[0-9]{0,6})?", fullmatch=True)
+GAP = st.sampled_from([" ", "  ", "\t", "\n", " \n", "\n\n", "\r", "e", ",", "-"])
+
+
+@QUICK
+@given(st.lists(st.tuples(NUMBER, st.one_of(st.just(" "), st.just("\n"), GAP)), max_size=12))
+def test_native_parser_reads_what_arrays_do(pieces):
+    """Bit by bit the same numbers, and a refusal of the same texts."""
+    content = np.frombuffer("".join(number + gap for number, gap in pieces).encode(), np.uint8)
+    native, arrays = columns._native_decimals(content), columns._decimals(content)
+    if arrays is None:
+        assert native is None or len(native) < 2  # a single number is no rows
+    else:
+        assert native.tobytes() == arrays.tobytes() and native.shape == arrays.shape
+
+
+def test_native_parser_reads_a_scan():
+    """Of files as instruments write them; a line that is too long is left to the others."""
+    rows = "".join(f"  {5 + 0.02 * i:.4f}\t{(i * 7919) % 100_003}  {i / 7:.9f}\n" for i in range(3000))
+    content = np.frombuffer(rows.encode(), np.uint8)
+    assert columns._native_decimals(content).tobytes() == np.loadtxt(rows.splitlines()).tobytes()
+    assert columns._native_decimals(np.frombuffer(b"1 2\n3" + b" " * 2000 + b"4\n", np.uint8)) is None

@@ -527,6 +527,7 @@ int main(int argc, char** argv) {
         drive_dsr_loss<double>(random);
         drive_dsr_loss<BFloat16>(random);
         drive_patterns(random);
+        for (int i = 0; i < 50; ++i) drive_columns(random);
         drive_retrieval(random);
         drive_scans(random);
     }

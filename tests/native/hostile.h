@@ -53,5 +53,6 @@ class Random {
 };
 
 // One part a file of that name.
+void drive_columns(Random& random);
 void drive_retrieval(Random& random);
 void drive_scans(Random& random);

@@ -24,7 +24,7 @@ from xrdfast.models import build_model
 from xrdfast.prediction import SymmetryPredictor
 from xrdfast.screening.page import write_page
 from xrdfast.screening.pipeline import Screener
-from xrdfast.screening.preparation import thumbnail
+from xrdfast.screening.preparation import Axis, thumbnail
 from xrdfast.screening.results import write_table
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
@@ -106,7 +106,8 @@ def many(screened, tmp_path_factory) -> Path:
     """A table of 10,100 answers: thumbnails with the noise of real counts, long names, notes."""
     (row,) = pq.read_table(screened).slice(0, 1).to_pylist()
     rng = np.random.default_rng(0)
-    images = [thumbnail(TWO_THETA, counts(seed)) for seed in range(100)]
+    axis = Axis(TWO_THETA)
+    images = [thumbnail(axis, counts(seed)) for seed in range(100)]
     rows = []
     for i in range(10_100):
         share = np.sort(rng.dirichlet(np.full(5, 0.3)))[::-1]

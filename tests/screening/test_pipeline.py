@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -25,10 +26,12 @@ from xrdfast.errors import InputError
 from xrdfast.models import build_model
 from xrdfast.posterior import Calibration
 from xrdfast.prediction import SUPERCLASSES, SymmetryPredictor
-from xrdfast.screening import sources
+from xrdfast.screening import pipeline, sources
+from xrdfast.screening.manifest import Manifest
 from xrdfast.screening.packed import pack
 from xrdfast.screening.pipeline import Screener, rank_of_environment
-from xrdfast.screening.results import SCHEMA
+from xrdfast.screening.results import SCHEMA, write_table
+from xrdfast.screening.sources import Chunk
 from xrdfast.symmetry import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,7 +169,7 @@ KILLED = """
 import sys
 import torch
 from xrdfast.models import build_model
-from xrdfast.screening import sources
+from xrdfast.screening import pipeline, sources
 from xrdfast.screening.pipeline import Screener
 
 torch.manual_seed(0)
@@ -260,6 +263,84 @@ def test_reader_processes_give_the_same(predictor, tmp_path, small_chunks):
     assert table(tmp_path / "0.parquet") == table(tmp_path / "2.parquet")
 
 
+def test_readers_need_no_torch(tmp_path):
+    """Nor pandas: what each reader process would have to load before it reads."""
+    path = write_folder(tmp_path / "scans", 1) / "0000.xy"
+    program = (
+        "import sys; from xrdfast.screening import readers; "
+        "from xrdfast.screening.sources import Chunk; "
+        f"(scan,) = readers.prepare_chunk(Chunk('files', ({str(path)!r},)), None, True); "
+        "print(scan.n_points, {'torch', 'pandas', 'pyarrow'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["1701", "set()"], done.stderr
+
+
+def test_threads_keep_the_order_and_hold_back():
+    """Results come in order, a few items ahead of who takes them; torch's own threads are as before."""
+    before, taken = torch.get_num_threads(), 0
+
+    def items():
+        nonlocal taken
+        for i in range(100):
+            taken += 1
+            yield i
+
+    def work(i: int) -> tuple[int, int]:
+        time.sleep(0.001 * (i % 3))
+        return i, torch.get_num_threads()
+
+    with pipeline._Threads(3) as threads:
+        for i, found in enumerate(threads.each(work, items())):
+            assert found == (i, 1) and taken <= i + 1 + 4
+    assert taken == 100 and torch.get_num_threads() == before
+
+
+def test_an_error_of_a_thread_is_the_callers():
+    """And nothing that waits is begun any more."""
+    begun = []
+
+    def work(item: int) -> float:
+        begun.append(item)
+        return 1 / (1 - item)
+
+    with pytest.raises(ZeroDivisionError), pipeline._Threads(1) as threads:
+        list(threads.each(work, range(100)))
+    assert begun[:2] == [0, 1] and len(begun) <= 4
+
+
+def test_a_chunk_is_answered_in_pieces(predictor, tmp_path, monkeypatch):
+    """Larger than a batch, read by whoever answers or not; a packed file that is cut is one failure a chunk."""
+    monkeypatch.setattr(sources, "CHUNK_SCANS", 5)
+    folder, packed = write_folder(tmp_path / "scans", 7), tmp_path / "all.scans.safetensors"
+    pack(packed, (read(path) for path in sorted(folder.iterdir())))
+    whole = Screener(predictor)
+    for n_readers in (0, 1):
+        done: list[int] = []
+        pieces = Screener(predictor, batch_size=2, n_readers=n_readers)
+        output = tmp_path / f"{n_readers}.parquet"
+        told = pieces.screen([packed, folder], output, progress=lambda now, *_, done=done: done.append(now))
+        assert told == (14, 0)
+        assert done == [5, 7, 14]
+        names = pq.read_table(output, columns=["scan_id"])["scan_id"].to_pylist()
+        assert names == [row["scan_id"] for row in whole.run([packed, folder])]
+    chunk = Chunk("packed", (str(tmp_path / "gone.scans.safetensors"),), 0, 5, 5)
+    manifest = Manifest(tmp_path / "gone.parquet", whole.digest())
+    with open(manifest.parts / "manifest.jsonl", "a") as file:
+        file.write(json.dumps(chunk.to_dict()) + "\n")
+    assert pieces.screen([], tmp_path / "gone.parquet") == (0, 1)  # found, and away before it was read
+
+
+def test_parts_are_what_pyarrow_makes(predictor, tmp_path):
+    rows = list(Screener(predictor).run([write_folder(tmp_path / "scans", 3)]))
+    rows[1] |= {"member": "Ä\u4e2d", "notes": ["", "a\nb", "ö"], "credible_set": [], "confidence": None}
+    rows[2] = dict.fromkeys(rows[2])
+    for n in (0, 1, 3):
+        write_table(tmp_path / "part.parquet", rows[:n])
+        pq.read_table(tmp_path / "part.parquet").validate(full=True)
+        assert pq.read_table(tmp_path / "part.parquet") == pa.Table.from_pylist(rows[:n], schema=SCHEMA)
+
+
 def test_ranks_share_the_work(predictor, tmp_path, small_chunks, monkeypatch):
     folder = write_folder(tmp_path / "scans", 7)
     screener = Screener(predictor)
@@ -329,15 +410,14 @@ from xrdfast.screening.pipeline import Screener
 if __name__ == "__main__":
     predictor = SymmetryPredictor(build_model("small").eval(), augment=AugmentConfig(profile="lab"))
     start = time.process_time()
-    done = Screener(predictor, n_readers=2).screen([sys.argv[1]], sys.argv[2])
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(done[0], time.process_time() - start, used[0].ru_maxrss + 2 * used[1].ru_maxrss)  # two readers
+    done = Screener(predictor).screen([sys.argv[1]], sys.argv[2])  # packed scans need no readers
+    print(done[0], time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
 @pytest.mark.long
 def test_memory_and_time_of_a_scan_are_flat(tmp_path):
-    """100,000 scans take at most 1.5 GB, readers too, and per scan the processor time that 1,000 take."""
+    """100,000 scans take at most 1.5 GB, and per scan the processor time that 1,000 take."""
     script = tmp_path / "measured.py"
     script.write_text(MEASURED)
     packed = tmp_path / "many.scans.safetensors"

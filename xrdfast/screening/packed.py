@@ -124,6 +124,7 @@ class PackedScans:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._axis = (0.0, 0.0, 0), np.zeros(0)
         try:
             self._file = open(self.path, "rb")  # noqa: SIM115 (closed by `close`)
         except OSError as error:
@@ -169,7 +170,7 @@ class PackedScans:
         intensity = self._read("intensity", begin, end).astype(np.float64)
         start, step = float(small["start"][index]), float(small["step"][index])
         if step:
-            two_theta = start + step * np.arange(end - begin)
+            two_theta = self._even_axis(start, step, end - begin)
         else:
             two_theta = self._read("angle", *self._span("angle_offset", index))
         wavelength = float(small["wavelength"][index])
@@ -188,6 +189,15 @@ class PackedScans:
             scan=index,
             n_scans=len(self),
         )
+
+    def _even_axis(self, start: float, step: float, n_points: int) -> NDArray[np.float64]:
+        """The same array for scan after scan of one axis."""
+        key = start, step, n_points
+        if self._axis[0] != key:
+            two_theta = start + step * np.arange(n_points)
+            two_theta.flags.writeable = False
+            self._axis = key, two_theta
+        return self._axis[1]
 
     def _span(self, name: str, index: int) -> tuple[int, int]:
         offset = self._small[name]

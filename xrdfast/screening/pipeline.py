@@ -1,8 +1,9 @@
 """Scans to rows of answers: readers ahead of the model, a bounded number of chunks between them, parts behind it.
 
-Readers are processes (`n_readers`), which take no torch with them, or the calling one. At most `n_readers` + 2 chunks
-are being read or wait for the model, so memory does not depend on how many scans there are, and readers rest where
-the model is slower.
+Readers are processes (`n_readers`), which take no torch with them, or the calling one; packed scans are read where they
+are answered. Threads answer batches, one a core. At most `n_readers` + 2 chunks are being read or wait, and one batch
+more than there are threads is being answered, so memory does not depend on how many scans there are, and readers rest
+where the model is slower.
 """
 
 from __future__ import annotations
@@ -10,24 +11,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import multiprocessing
 import os
-import signal
-import threading
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from xrdfast.bragg import Radiation, radiation_of
+from xrdfast.bragg import radiation_of
 from xrdfast.data.scans import Scan
 from xrdfast.errors import InputError
 from xrdfast.models import SymmetryModel
@@ -35,6 +33,7 @@ from xrdfast.posterior import joint_posterior
 from xrdfast.prediction import SUPERCLASSES, SymmetryPredictor
 from xrdfast.screening.manifest import Manifest, part_errors
 from xrdfast.screening.preparation import Prepared, prepare_chunk, prepare_scan
+from xrdfast.screening.readers import Readers
 from xrdfast.screening.results import (
     count_rows,
     errors_path,
@@ -47,7 +46,12 @@ from xrdfast.suspicion import doubts
 from xrdfast.symmetry import class_names
 
 CREDIBLE = 0.95
+_KEPT_BYTES = 31 << 20  # the most that glibc takes for a threshold is 32 MB
 _SHORT = 0.5  # of the model's range: less of it measured is noted
+_In, _Out = TypeVar("_In"), TypeVar("_Out")
+_Piece = (
+    Sequence[Prepared | Failure] | Chunk
+)  # a batch of scans, or the part of a packed file that holds them
 Progress = Callable[[int, int, int], None]  # scans answered, failures, scans known so far
 
 
@@ -59,7 +63,7 @@ class Screener:
             the weights that ship.
         wavelength: Angstrom or a name, for scans whose file states none; None assumes copper K-alpha.
         top_k: space groups in a row, 1..230.
-        batch_size: patterns that the model takes at once.
+        batch_size: patterns that the model takes at once; few enough for a core's caches, a GPU wants hundreds.
         n_readers: processes that read; 0 reads in this one. With more, a script needs the usual
             `if __name__ == "__main__"`, as for everything that starts processes.
 
@@ -82,7 +86,7 @@ class Screener:
         *,
         wavelength: str | float | None = None,
         top_k: int = 5,
-        batch_size: int = 64,
+        batch_size: int = 32,
         n_readers: int = 0,
     ) -> None:
         for name, value, low, high in (
@@ -115,17 +119,18 @@ class Screener:
         if first is None:
             return
         everything = chain((first,), items)
-        if isinstance(first, Scan):
-            whole = self.predictor.reads_scans
-            pieces = _batched((prepare_scan(scan, whole) for scan in everything), self.batch_size)
-        else:
-            chunks = ((number, chunk) for number, chunk in enumerate(find_chunks(find_files(everything))))
-            pieces = (prepared for _, _, prepared in self._read(chunks))
-        for prepared in pieces:
-            rows, failures = self.answer(prepared)
-            for failure in failures:
-                tell(failure)
-            yield from rows
+        whole = self.predictor.reads_scans
+        with self._readers() as readers, self._threads() as threads:
+            pieces: Iterable[_Piece]
+            if isinstance(first, Scan):
+                pieces = _batched((prepare_scan(scan, whole) for scan in everything), self.batch_size)
+            else:
+                chunks = enumerate(find_chunks(find_files(everything)))
+                pieces = (piece for *_, piece in self._pieces(readers.read(chunks)))
+            for rows, failures in threads.each(self._answer_piece, pieces):
+                for failure in failures:
+                    tell(failure)
+                yield from rows
 
     def screen(
         self,
@@ -170,12 +175,23 @@ class Screener:
 
         def work(chunks: Iterable[tuple[int, Chunk]]) -> None:
             nonlocal answered, failed
-            for number, chunk, prepared in self._read(mine(chunks)):
-                rows, failures = self.answer(prepared)
-                write_part(manifest, number, chunk, rows, failures)
-                answered, failed = answered + len(rows), failed + len(failures)
-                if progress is not None:
-                    progress(answered, failed, max(known, answered + failed))
+            rows: list[dict[str, Any]] = []
+            failures: list[Failure] = []
+            with self._readers() as readers, self._threads() as threads:
+                pieces = self._pieces(readers.read(mine(chunks)))
+                for (number, chunk, is_last, _), found in threads.each(
+                    lambda one: (one, self._answer_piece(one[3])), pieces
+                ):
+                    rows += found[0]
+                    failures += found[1]
+                    if not is_last:
+                        continue
+                    failures = list(dict.fromkeys(failures))  # what ails a whole file, its pieces all say
+                    write_part(manifest, number, chunk, rows, failures)
+                    answered, failed = answered + len(rows), failed + len(failures)
+                    rows, failures = [], []
+                    if progress is not None:
+                        progress(answered, failed, max(known, answered + failed))
 
         while True:
             work(list(manifest.chunks()))
@@ -322,80 +338,68 @@ class Screener:
             return []
         return [f"range too short: {max(covered, 0.0):.0f} of the model's {whole:.0f} degrees are measured"]
 
-    def _read(
-        self, chunks: Iterable[tuple[int, Chunk]]
-    ) -> Iterator[tuple[int, Chunk, list[Prepared | Failure]]]:
-        """Chunks with their prepared scans, in order."""
-        if self.n_readers == 0:
-            for number, chunk in chunks:
-                yield number, chunk, prepare_chunk(chunk, self.given, self.predictor.reads_scans)
-            return
-        with _Readers(self.n_readers, self.given, self.predictor.reads_scans) as readers:
-            yield from readers.read(chunks)
+    def _pieces(
+        self, read: Iterable[tuple[int, Chunk, list[Prepared | Failure] | None]]
+    ) -> Iterator[tuple[int, Chunk, bool, _Piece]]:
+        """Chunks cut into batches, each with whether it is the chunk's last."""
+        for number, chunk, prepared in read:
+            n_scans = chunk.end - chunk.begin if prepared is None else len(prepared)
+            for at in range(0, max(n_scans, 1), self.batch_size):
+                end = min(at + self.batch_size, n_scans)
+                piece: _Piece = (
+                    replace(chunk, begin=chunk.begin + at, end=chunk.begin + end)
+                    if prepared is None
+                    else prepared[at:end]
+                )
+                yield number, chunk, end == n_scans, piece
+
+    def _answer_piece(self, piece: _Piece) -> tuple[list[dict[str, Any]], list[Failure]]:
+        if isinstance(piece, Chunk):
+            piece = prepare_chunk(piece, self.given, self.predictor.reads_scans)
+        return self.answer(piece)
+
+    def _readers(self) -> Readers:
+        return Readers(self.n_readers, self.given, self.predictor.reads_scans)
+
+    def _threads(self) -> _Threads:
+        """One thread a core that torch may use; two keep another device at work."""
+        return _Threads(torch.get_num_threads() if self.predictor.device.type == "cpu" else 2)
 
 
-class _Readers:
-    """Processes that prepare chunks. One that dies of a chunk takes nothing else with it."""
+class _Threads:
+    """Threads that answer beside each other, each with one thread of torch's.
 
-    def __init__(self, n_readers: int, given: Radiation | None, whole: bool) -> None:
-        self._n_readers, self._given, self._whole = n_readers, given, whole
-        self._pool: ProcessPoolExecutor | None = None
+    Two threads that share every product wait for each other at its end, and for readers that took their core; threads
+    with batches of their own wait for nothing.
 
-    def __enter__(self) -> _Readers:
+    Args:
+        n_threads: of them.
+    """
+
+    def __init__(self, n_threads: int) -> None:
+        self._n_threads = n_threads
+
+    def __enter__(self) -> _Threads:
+        self._before = torch.get_num_threads()
+        # Freed at once. glibc then keeps as much memory and gives batch after batch what the last one had: else new
+        # pages, each cleared, take 7 % of the time.
+        torch.empty(_KEPT_BYTES, dtype=torch.uint8)
+        self._pool = ThreadPoolExecutor(self._n_threads, "answer", torch.set_num_threads, (1,))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop()
+        self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._before)  # what new threads get is set with it
 
-    def read(
-        self, chunks: Iterable[tuple[int, Chunk]]
-    ) -> Iterator[tuple[int, Chunk, list[Prepared | Failure]]]:
-        """Chunks with their prepared scans, in order; at most `n_readers` + 2 on their way."""
-        waiting: deque[tuple[int, Chunk, Future[list[Prepared | Failure]]]] = deque()
-        for number, chunk in chunks:
-            waiting.append((number, chunk, self._submit(chunk)))
-            if len(waiting) > self._n_readers + 1:
-                yield self._result(*waiting.popleft())
+    def each(self, work: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
+        """Results in the order of the items, of which one a thread and one more are on their way."""
+        waiting: deque[Future[_Out]] = deque()
+        for item in items:
+            waiting.append(self._pool.submit(work, item))
+            if len(waiting) > self._n_threads:
+                yield waiting.popleft().result()
         while waiting:
-            yield self._result(*waiting.popleft())
-
-    def _submit(self, chunk: Chunk) -> Future[list[Prepared | Failure]]:
-        if self._pool is None:
-            self._pool = ProcessPoolExecutor(
-                self._n_readers,
-                mp_context=multiprocessing.get_context("spawn"),  # a fork of torch's threads may hang
-                initializer=_begin_reader,
-            )
-        try:
-            return self._pool.submit(prepare_chunk, chunk, self._given, self._whole)
-        except BrokenProcessPool as error:
-            broken: Future[list[Prepared | Failure]] = Future()
-            broken.set_exception(error)
-            return broken
-
-    def _result(
-        self, number: int, chunk: Chunk, future: Future[list[Prepared | Failure]]
-    ) -> tuple[int, Chunk, list[Prepared | Failure]]:
-        try:
-            return number, chunk, future.result()
-        except BrokenProcessPool:
-            self._stop()
-            return number, chunk, [scan for piece in _singles(chunk) for scan in self._alone(piece)]
-
-    def _alone(self, chunk: Chunk) -> list[Prepared | Failure]:
-        """A chunk, with no other beside it that could be to blame."""
-        try:
-            return self._submit(chunk).result()
-        except BrokenProcessPool:
-            self._stop()
-            index = -1 if chunk.kind == "files" else chunk.begin
-            reason = "reader: must survive the file, got the end of its process"
-            return [Failure(chunk.paths[0], chunk.paths[0], "", index, reason)]
-
-    def _stop(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            self._pool = None
+            yield waiting.popleft().result()
 
 
 def rank_of_environment() -> tuple[int, int]:
@@ -437,25 +441,6 @@ _COPIED = (
     "two_theta_last",
     "thumbnail",
 )
-
-
-def _singles(chunk: Chunk) -> list[Chunk]:
-    if chunk.kind == "files":
-        return [Chunk("files", (path,)) for path in chunk.paths]
-    return [Chunk(chunk.kind, chunk.paths, i, i + 1) for i in range(chunk.begin, chunk.end)]
-
-
-def _begin_reader() -> None:
-    """Leaves Ctrl-C to the parent, and ends with it, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def end_with_parent() -> None:
-        if parent is not None:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _settled() -> Callable[[str], bool]:

@@ -20,6 +20,7 @@ import hashlib
 import itertools
 import os
 import tarfile
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -35,7 +36,7 @@ from xrdfast.screening.packed import SUFFIX, PackedScans
 from xrdfast.screening.stacks import Hdf5Stack, NpzStack
 
 CHUNK_FILES = 128
-CHUNK_SCANS = 512  # of a container; a chunk is what a killed run does again
+CHUNK_SCANS = 256  # of a container; a chunk is what a killed run does again
 _MAX_SKIPPED = 1 << 30  # bytes of one member of a compressed tar; the next lies behind it
 _TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
 _KINDS = {
@@ -286,17 +287,14 @@ def _opened(chunk: Chunk) -> Iterator[Any]:
 
     Without that, archives that can only be read forwards would be read from their beginning for every chunk.
     """
-    global _kept
     (path,) = chunk.paths
     try:
         status = os.stat(path)
     except OSError as error:
         raise InputError(f"{shown_path(path)}: file: must be readable, got {error.strerror}") from error
     key = (chunk.kind, path, status.st_ino, status.st_size, status.st_mtime_ns)
-    (kept_key, container), _kept = _kept or (None, None), None
-    if kept_key != key:
-        if container is not None:
-            container.close()
+    container = _take_kept(key)
+    if container is None:
         container = _CONTAINERS[chunk.kind](path)
     try:
         yield container
@@ -304,12 +302,30 @@ def _opened(chunk: Chunk) -> Iterator[Any]:
         container.close()
         raise
     if chunk.end < chunk.n_scans:
-        _kept = key, container
+        with _lock:
+            _kept.append((key, container))
     else:
         container.close()
 
 
-_kept: tuple[tuple[object, ...], Any] | None = None
+def _take_kept(key: tuple[object, ...]) -> Any | None:
+    """A container that no thread is reading; those of other files are closed."""
+    with _lock:
+        mine = [container for of, container in _kept if of == key]
+        for of, container in _kept:
+            if of != key:
+                container.close()
+        _kept[:] = [(key, container) for container in mine[1:]]
+    return mine[0] if mine else None
+
+
+def close_containers() -> None:
+    """Closes what is kept open for chunks that will not come."""
+    _take_kept(())
+
+
+_kept: list[tuple[tuple[object, ...], Any]] = []  # one a thread at most
+_lock = threading.Lock()
 
 
 def _failure(file: str, member: str, index: int, reason: str) -> Failure:
@@ -354,6 +370,7 @@ def _read_tar(chunk: Chunk, given: Radiation | None) -> Iterator[Found | Failure
 
 def _read_container(chunk: Chunk, given: Radiation | None) -> Iterator[Found | Failure]:
     (path,) = chunk.paths
+    axis, of_axis = None, hashlib.sha256()
     with _opened(chunk) as container:
         for index in range(chunk.begin, chunk.end):
             start = time.perf_counter()
@@ -363,7 +380,9 @@ def _read_container(chunk: Chunk, given: Radiation | None) -> Iterator[Found | F
             except InputError as error:
                 yield _failure(path, "", index, f"{shown_path(path)}: scan {index}: {error}")
                 continue
-            digest = hashlib.sha256(scan.two_theta)
+            if scan.two_theta is not axis:  # many scans share one array
+                axis, of_axis = scan.two_theta, hashlib.sha256(scan.two_theta)
+            digest = of_axis.copy()
             digest.update(scan.intensity)
             seconds = time.perf_counter() - start
             yield Found(scan, printable(path), member, index, digest.hexdigest(), seconds)

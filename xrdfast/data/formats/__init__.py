@@ -133,4 +133,5 @@ def _text(data: bytes) -> str:
     if b"\0" in data:
         line = data[: data.index(0)].count(b"\n") + 1
         raise InputError(f"line {line}: must be text, got a NUL byte")
-    return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    text = data.decode("utf-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
