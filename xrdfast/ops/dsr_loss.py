@@ -156,8 +156,9 @@ def _forward(
     logits = _contiguous_rows(logits)
     previous = None if previous_ranked is None else _contiguous_rows(previous_ranked)
     loss, ranked, slope = _forward_results(logits, class_offset)
+    heads = _heads("dsr_loss", tuple(class_offset), logits.shape[1])
     getattr(module, f"dsr_loss_forward_{_name(logits.dtype)}")(
-        _int32(tuple(class_offset)).data_ptr(),
+        heads.data_ptr(),
         len(class_offset) - 1,
         logits.shape[0],
         slope.data_ptr(),
@@ -183,8 +184,9 @@ def _backward(
 ) -> Tensor:
     slope = slope.contiguous()
     grad_logits = torch.empty_like(slope, dtype=dtype)
+    heads = _heads("dsr_loss_backward", tuple(class_offset), slope.shape[1])
     getattr(module, f"dsr_loss_backward_{_name(dtype)}")(
-        _int32(tuple(class_offset)).data_ptr(),
+        heads.data_ptr(),
         len(class_offset) - 1,
         slope.shape[0],
         slope.data_ptr(),
@@ -194,11 +196,6 @@ def _backward(
         where,
     )
     return grad_logits
-
-
-@functools.lru_cache(maxsize=64)
-def _int32(class_offset: tuple[int, ...]) -> Tensor:
-    return torch.tensor(class_offset, dtype=torch.int32, device="cpu")
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:
@@ -237,10 +234,12 @@ def _check(
             )
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"dsr_loss: temperature must be finite and > 0, got {temperature}")
-    _check_heads("dsr_loss", class_offset, logits.shape[1])
+    _heads("dsr_loss", tuple(class_offset), logits.shape[1])
 
 
-def _check_heads(op: str, class_offset: Sequence[int], n_classes: int) -> None:
+@functools.lru_cache(maxsize=64)
+def _heads(op: str, class_offset: tuple[int, ...], n_classes: int) -> Tensor:
+    """class_offset checked, as the int32 array that a kernel reads."""
     sizes = [end - begin for begin, end in itertools.pairwise(class_offset)]
     whole = len(class_offset) > 1 and class_offset[0] == 0 and class_offset[-1] == n_classes
     if not whole or len(sizes) > MAX_HEADS or min(sizes) < 1 or max(sizes) > MAX_HEAD_CLASSES:
@@ -248,6 +247,7 @@ def _check_heads(op: str, class_offset: Sequence[int], n_classes: int) -> None:
             f"{op}: class_offset must rise from 0 to {n_classes} over 1 to {MAX_HEADS} heads of 1 to "
             f"{MAX_HEAD_CLASSES:,} classes, got {list(class_offset)}"
         )
+    return torch.tensor(class_offset, dtype=torch.int32, device="cpu")
 
 
 def _check_backward(
@@ -261,7 +261,7 @@ def _check_backward(
             f"{op}: slope must be (n_patterns, n_classes) as dsr_loss makes it for {dtype}, "
             f"got {tuple(slope.shape)} {slope.dtype}"
         )
-    _check_heads(op, class_offset, slope.shape[1])
+    _heads(op, tuple(class_offset), slope.shape[1])
     check_tensor(op, "grad_loss", grad_loss, (slope.shape[0], len(class_offset) - 1), slope)
 
 
