@@ -25,6 +25,7 @@ PACKAGE = ROOT / "xrdfast"
 # room -> rooms it may import from. A new arrow is a decision: change the table with the reason in the commit.
 ARROWS = {
     "errors": set(),
+    "processes": set(),
     "symmetry": set(),
     "bragg": set(),
     "scattering": set(),
@@ -36,6 +37,7 @@ ARROWS = {
         "scattering",
         "ops",
         "errors",
+        "processes",
         "_native",
     },  # text is parsed without torch, which ops need
     "models": {"ops", "symmetry", "bragg", "errors"},
@@ -79,6 +81,7 @@ ARROWS = {
         "posterior",
         "suspicion",
         "prediction",
+        "processes",
         "errors",
     },
     "terminal": set(),

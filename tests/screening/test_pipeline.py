@@ -396,6 +396,25 @@ def test_watching_ends_with_a_signal():
         assert watch()
 
 
+def test_a_script_without_a_guard_can_screen(tmp_path):
+    """Readers are new processes; they must not run the script that started them again."""
+    write_folder(tmp_path / "scans", 3)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, xrdfast\nprint('once')\n"
+        "for row in xrdfast.Screener(n_readers=1).run([sys.argv[1]]):\n    print(row['scan_id'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "scans")],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"},
+    )
+    assert done.stdout.split().count("once") == 1
+    assert len(done.stdout.splitlines()) == 1 + 3
+
+
 MEASURED = """
 import resource
 import sys

@@ -1,16 +1,13 @@
 """Space-group numbers and operations of structures, found by spglib in parallel processes.
 
-Works on numpy arrays and imports neither torch nor the rest of the package, so that a worker starts in a
+Works on numpy arrays and imports neither torch nor the package's heavy parts, so that a worker starts in a
 moment. Not for tables of space groups (`xrdfast.symmetry`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
-import sys
-import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from xrdfast.processes import hidden_main
 
 # Atoms a task hands to a worker at once: small enough to share the load evenly.
 _ATOMS_A_TASK = 4000
@@ -156,22 +155,8 @@ def _start(
 ) -> tuple[ProcessPoolExecutor, list[Future[list[Symmetry]]]]:
     # forkserver: a fork of a process with OpenMP threads can hang, and a fresh interpreter is light here.
     pool = ProcessPoolExecutor(n_workers, mp_context=multiprocessing.get_context("forkserver"))
-    with _hidden_main():  # processes start at submission
+    with hidden_main():
         return pool, [pool.submit(_run, task, symprec) for task in tasks]
-
-
-@contextlib.contextmanager
-def _hidden_main() -> Iterator[None]:
-    """Keeps new processes from importing the main script, which they do not need.
-
-    Without its own guard, it would start all over again in each of them.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
 
 
 def _run_apart(cells: list[Cell], symprec: tuple[float, ...]) -> list[Symmetry]:

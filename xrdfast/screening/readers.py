@@ -12,6 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from xrdfast.bragg import Radiation
+from xrdfast.processes import hidden_main
 from xrdfast.screening.preparation import Prepared, prepare_chunk
 from xrdfast.screening.sources import Chunk, Failure, close_containers
 
@@ -60,7 +61,8 @@ class Readers:
                 initializer=_begin_reader,
             )
         try:
-            return self._pool.submit(prepare_chunk, chunk, self._given, self._whole)
+            with hidden_main():
+                return self._pool.submit(prepare_chunk, chunk, self._given, self._whole)
         except BrokenProcessPool as error:
             broken: Future[Scans] = Future()
             broken.set_exception(error)

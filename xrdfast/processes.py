@@ -1,0 +1,22 @@
+"""Starting worker processes from whatever script the user wrote. Not for what the workers do."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import types
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def hidden_main() -> Iterator[None]:
+    """Keeps processes that start meanwhile from importing the main script, which they do not need.
+
+    Without its own guard, it would start all over again in each of them. Pools start processes at submission.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
