@@ -33,7 +33,7 @@ from xrdfast.retrieval import KnownStructures, Matches
 from xrdfast.symmetry import class_index
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-LIBRARY_OF = ("amcsd.npz", "inorganic_mp.npz")
+LIBRARY_OF = ("amcsd.npz", "inorganic_mp.npz", "extra_structures.npz")
 LIKE = 0.7  # likeness from which a structure of the right group counts as what was measured
 N_BEST = 10
 
