@@ -137,14 +137,16 @@ class Prediction:
         shares = {candidate.space_group_number: candidate.probability for candidate in self.candidates}
         return torch.tensor([[shares[i + 1] for i in range(len(SYMBOLS))]], dtype=torch.float64)
 
-    def with_posterior(self, posterior: JointPosterior, n_candidates: int, note: str) -> Prediction:
-        """The same pattern, answered by another posterior; the set of the calibration does not hold for it."""
+    def with_posterior(
+        self, posterior: JointPosterior, n_candidates: int, note: str, threshold: float | None = None
+    ) -> Prediction:
+        """The same pattern, answered by another posterior, with the threshold of its set where one is known."""
         return dataclasses.replace(
             self,
             candidates=_ranked_candidates(posterior, n_candidates),
             superclasses={level: _ranked_classes(posterior, level) for level in SUPERCLASSES},
             notes=(*self.notes, note),
-            conformal_set=(),
+            conformal_set=_conformal_set(posterior, threshold),
         )
 
 
@@ -512,7 +514,7 @@ class SymmetryPredictor:
             notes=tuple(notes),
             pattern=pattern,
             true_number=true_number,
-            conformal_set=_conformal_set(posterior, self.calibration),
+            conformal_set=_conformal_set(posterior, self.calibration and self.calibration.threshold),
             out_of_distribution=unlike[0],
             several_phases=several[0],
         )
@@ -581,10 +583,10 @@ def _ranked_candidates(posterior: JointPosterior, n_candidates: int) -> tuple[Ca
     )
 
 
-def _conformal_set(posterior: JointPosterior, calibration: Calibration | None) -> tuple[int, ...]:
-    if calibration is None or calibration.threshold is None:
+def _conformal_set(posterior: JointPosterior, threshold: float | None) -> tuple[int, ...]:
+    if threshold is None:
         return ()
-    member = posterior.conformal_sets(calibration.threshold)[0]
+    member = posterior.conformal_sets(threshold)[0]
     order = posterior.space_group[0].sort(descending=True, stable=True).indices
     return tuple((order[member[order]] + 1).tolist())
 
