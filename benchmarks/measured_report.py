@@ -33,6 +33,7 @@ ALIKE, NEAR_TIE = (
     0.7,
     0.03,
 )  # likeness of what may be the phase; difference of likenesses that decides nothing
+DRAWS = 100  # of labels, for the calibration error by chance
 _LINE_REACH = 0.2  # degrees, to which a line explains what is measured around it
 
 
@@ -106,19 +107,19 @@ def show_parts(answers: Mapping[str, Tensor], number: Tensor, group: Tensor, fol
 def show_calibration(
     answers: Mapping[str, Tensor], thresholds: Mapping[str, float], number: Tensor, tested: Tensor
 ) -> None:
-    """Prints calibration errors and what sets of a threshold hold.
+    """Ends a heading's line, then prints calibration errors and what sets of a threshold hold.
 
     Args:
         answers: (n_scans, 230) of each.
         thresholds: of each, from which probability a group belongs to its set.
         number: (n_scans,).
-        tested: (n_scans,) bool, scans that no threshold was fitted on.
+        tested: (n_scans,) bool, scans to print it of.
     """
     print(
-        f"\non {int(tested.sum())} scans that no calibration saw, per cent (ECE: expected calibration error)"
+        ", per cent; ECE: expected calibration error, by chance: the mean of labels drawn from the answer itself"
     )
-    columns = ("ECE", "ECE system", "held by sets", "median size", "mean size", "threshold")
-    print(f"{'answer':<12}" + "".join(f"{name:>13}" for name in columns))
+    columns = ("ECE", "by chance", "ECE system", "held by sets", "median size", "mean size", "threshold")
+    print(f"{'answer':<19}" + "".join(f"{name:>13}" for name in columns))
     for who, probability in answers.items():
         answer, index = JointPosterior(probability[tested]), number[tested] - 1
         system = torch.tensor(class_index("crystal_system"))[index]
@@ -126,12 +127,20 @@ def show_calibration(
         size = sets.sum(1).double()
         cells = [
             100.0 * expected_calibration_error(answer.space_group, index),
+            100.0 * _error_by_chance(answer.space_group),
             100.0 * expected_calibration_error(answer.marginal("crystal_system"), system),
             100.0 * float(sets[torch.arange(len(index)), index].double().mean()),
             float(size.quantile(0.5)),
             float(size.mean()),
         ]
-        print(f"{who:<12}" + "".join(f"{x:13.1f}" for x in cells) + f"{thresholds[who]:13.5f}")
+        print(f"{who:<19}" + "".join(f"{x:13.1f}" for x in cells) + f"{thresholds[who]:13.5f}")
+
+
+def _error_by_chance(probability: Tensor) -> float:
+    """Expected calibration error of an answer that is right about itself, from as few patterns."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.multinomial(probability, DRAWS, replacement=True, generator=generator)
+    return float(np.mean([expected_calibration_error(probability, labels) for labels in drawn.T]))
 
 
 # --- wrong answers --------------------------------------------------------------------------------------------------

@@ -209,7 +209,12 @@ def main() -> None:
     if predictor is not None and predictor.calibration is not None and predictor.calibration.threshold:
         kept = {"network as shipped": kept["network"], **kept}
         thresholds["network as shipped"] = predictor.calibration.threshold
-    show_calibration(kept, thresholds, number, odd)
+    for part, keep in {
+        "odd copy groups, unseen": odd,
+        "all, half of them fitted on": torch.ones_like(odd),
+    }.items():
+        print(f"\nexp_rruff, {part}: {int(keep.sum())} scans", end="")
+        show_calibration(kept, thresholds, number, keep)
     kept.pop("network as shipped", None)
     show_parts(kept, number, scans.copy_group, options.data)
     show_wrong(known, kept, scans[:3], number, scans.copy_group, odd)
