@@ -127,9 +127,10 @@ def main() -> None:
     for part, (some, novel) in enumerate(zip(rows.split(AT_ONCE), unknown.split(AT_ONCE), strict=True)):
         exclude = torch.zeros(len(some), len(known), dtype=torch.bool)
         for scan, row in enumerate(some.tolist()):
-            exclude[scan, place[store.ids[row]]] = True
+            own = place[store.ids[row]]
+            exclude[scan, own] = True
             if bool(novel[scan]):
-                same = (formula == store.formula[row]) | ((family == store.family[row]) & (family != ""))
+                same = (formula == formula[own]) | ((family == family[own]) & (family != ""))
                 exclude[scan] |= torch.from_numpy(same)
         pieces.append(compared(known, *prepared(simulated_scans(store, some, part), KA1_WAVELENGTH), exclude))
     simulated = tuple(torch.cat(x, dim=2 if x[0].ndim == 4 else 0) for x in zip(*pieces, strict=True))
