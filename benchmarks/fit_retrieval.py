@@ -24,9 +24,9 @@ from xrdfast.bragg import KA1_WAVELENGTH, Grid
 from xrdfast.data.generate import draw_strain, strained_reciprocal_metric
 from xrdfast.data.profiles import PROFILES, draw_profiles
 from xrdfast.data.store import PatternStore
-from xrdfast.ops.preprocess import preprocess_scans
+from xrdfast.data.whole_scans import preprocess_whole_scans
 from xrdfast.ops.render_patterns import render_patterns
-from xrdfast.retrieval import GRID, SMOOTH_POINTS, Evidence, KnownStructures
+from xrdfast.retrieval import GRID, SMOOTH_WIDTH, Evidence, KnownStructures
 
 N_SCANS, UNKNOWN_SHARE, STRAIN, F_SIGMA = 1600, 0.45, 0.006, 0.5
 RIDGE = 1e-4
@@ -75,16 +75,14 @@ def simulated_scans(store: PatternStore, rows: Tensor, seed: int) -> list[tuple[
 
 def prepared(scans: list[tuple[Tensor, Tensor]], wavelength: float) -> tuple[Tensor, Tensor]:
     """What `KnownStructures.match` makes of scans."""
-    found = preprocess_scans(
-        torch.tensor([0, *(len(angles) for angles, _ in scans)]).cumsum(0),
-        torch.cat([angles for angles, _ in scans]),
-        torch.cat([counts for _, counts in scans]),
-        torch.full((len(scans),), wavelength, dtype=torch.float64),
+    return preprocess_whole_scans(
+        [angles.numpy() for angles, _ in scans],
+        [counts.numpy() for _, counts in scans],
+        [wavelength] * len(scans),
         grid=GRID,
         model_wavelength=KA1_WAVELENGTH,
-        smooth_points=SMOOTH_POINTS,
+        smooth_width=SMOOTH_WIDTH,
     )
-    return found.intensity, found.measured
 
 
 def compared(known: KnownStructures, intensity: Tensor, measured: Tensor, exclude: Tensor | None):
@@ -129,9 +127,10 @@ def main() -> None:
     for part, (some, novel) in enumerate(zip(rows.split(AT_ONCE), unknown.split(AT_ONCE), strict=True)):
         exclude = torch.zeros(len(some), len(known), dtype=torch.bool)
         for scan, row in enumerate(some.tolist()):
-            exclude[scan, place[store.ids[row]]] = True
+            own = place[store.ids[row]]
+            exclude[scan, own] = True
             if bool(novel[scan]):
-                same = (formula == store.formula[row]) | ((family == store.family[row]) & (family != ""))
+                same = (formula == formula[own]) | ((family == family[own]) & (family != ""))
                 exclude[scan] |= torch.from_numpy(same)
         pieces.append(compared(known, *prepared(simulated_scans(store, some, part), KA1_WAVELENGTH), exclude))
     simulated = tuple(torch.cat(x, dim=2 if x[0].ndim == 4 else 0) for x in zip(*pieces, strict=True))

@@ -9,13 +9,17 @@ likeness is 0.7 or more and that is among the ten nearest, and with the nearest 
 exp_minerals_powdr, with the mineral that the file names. Evidence was fitted on simulated scans and on even copy groups
 of exp_rruff (benchmarks/fit_retrieval.py), and the exponents of "both" are fitted on even groups, so odd groups have
 rows of their own. Training data of the network are not touched here: its rows are the same with and without.
+
+Of exp_rruff it also prints, by copy group, rows by crystal system, by how many structures of the group there are to
+train on and by extinction group; calibration errors and sets on odd groups, with thresholds from even groups; and ten
+wrong answers with what speaks for and against them.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,17 +27,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.measured_report import show_calibration, show_parts, show_wrong
 from xrdfast.bragg import scan_wavelengths
 from xrdfast.data.generate import generate_store
 from xrdfast.data.store import PatternStore
 from xrdfast.data.structures import analyse_symmetry, load_structures
-from xrdfast.posterior import JointPosterior, fit_pool, pool_posteriors
+from xrdfast.posterior import JointPosterior, conformal_threshold, fit_pool, pool_posteriors
 from xrdfast.prediction import SymmetryPredictor
 from xrdfast.retrieval import KnownStructures, Matches
 from xrdfast.symmetry import class_index
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-LIBRARY_OF = ("amcsd.npz", "inorganic_mp.npz")
+LIBRARY_OF = ("amcsd.npz", "inorganic_mp.npz", "extra_structures.npz")
 LIKE = 0.7  # likeness from which a structure of the right group counts as what was measured
 N_BEST = 10
 
@@ -143,7 +148,7 @@ def network_posterior(predictor: SymmetryPredictor, scans: Measured) -> Tensor:
 
 
 def answers(
-    known: KnownStructures, scans: Measured, network: Tensor | None, exponents: tuple[float, ...]
+    known: KnownStructures, scans: Measured, network: Tensor | None, exponents: Sequence[Sequence[float]]
 ) -> Iterator[tuple[str, str, Tensor]]:
     """(library, who answers, (n_scans, 230) probabilities), row by row of the table."""
     given = scans.two_theta, scans.intensity, scans.wavelength
@@ -174,25 +179,45 @@ def main() -> None:
         "exp_small": ragged(options.data, "exp_small", names_are_minerals=False),
         "exp_minerals_powdr": ragged(options.data, "exp_minerals_powdr", names_are_minerals=True),
     }
-    exponents: tuple[float, ...] = ()
+    exponents: Sequence[Sequence[float]] = ()
     print(f"{len(known)} known structures; per cent right by pattern | by copy group")
     columns = f"{'system':>7}{'top-1':>7}{'top-5':>7}"
     print(f"{'scans':<34}{'library':<12}{'answer':<11}{columns} |{columns}")
+    kept: dict[str, Tensor] = {}
     for name, scans in files.items():
         network = None if predictor is None else network_posterior(predictor, scans)
+        even = scans.copy_group % 2 == 0
         if network is not None and not exponents:  # of the first file, for all
             retrieval = known.match(scans.two_theta, scans.intensity, scans.wavelength).space_group.double()
-            even = scans.copy_group % 2 == 0
             exponents = fit_pool([network[even], retrieval[even]], scans.space_group_number[even])
-            print(f"exponents of both, fitted on even copy groups of {name}: {exponents}")
-        odd = scans.copy_group % 2 == 1
-        parts = {"all": torch.ones_like(odd)} | ({"odd groups": odd} if name == "exp_rruff" else {})
+        parts = {"all": torch.ones_like(even)} | ({"odd groups": ~even} if name == "exp_rruff" else {})
         for library, who, probability in answers(known, scans, network, exponents):
+            if (name, library) == ("exp_rruff", "whole"):
+                kept[who] = probability
             for part, keep in parts.items():
                 found = scores(probability[keep], scans.space_group_number[keep], scans.copy_group[keep])
                 first, second = ("".join(f"{x:7.1f}" for x in half) for half in (found[:3], found[3:]))
                 label = f"{name}, {part} ({int(keep.sum())})"
                 print(f"{label:<34}{library:<12}{who:<11}{first} |{second}", flush=True)
+    scans = files["exp_rruff"]
+    number, odd = scans.space_group_number, scans.copy_group % 2 == 1
+    thresholds = {who: conformal_threshold(rows[~odd], number[~odd]) for who, rows in kept.items()}
+    if exponents:
+        print("\nfitted on even copy groups of exp_rruff, for xrdfast.retrieval:")
+        print(f"POOL_EXPONENTS = {tuple(tuple(round(x, 2) for x in pair) for pair in exponents)}")
+        print(f"POOL_THRESHOLD = {thresholds['both']:.5f}")
+    if predictor is not None and predictor.calibration is not None and predictor.calibration.threshold:
+        kept = {"network as shipped": kept["network"], **kept}
+        thresholds["network as shipped"] = predictor.calibration.threshold
+    for part, keep in {
+        "odd copy groups, unseen": odd,
+        "all, half of them fitted on": torch.ones_like(odd),
+    }.items():
+        print(f"\nexp_rruff, {part}: {int(keep.sum())} scans", end="")
+        show_calibration(kept, thresholds, number, keep)
+    kept.pop("network as shipped", None)
+    show_parts(kept, number, scans.copy_group, options.data)
+    show_wrong(known, kept, scans[:3], number, scans.copy_group, odd)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ constexpr float kReach = 4.0f;                       // standard deviations that
 struct Workspace {
     std::vector<float> level[kLevels];  // (n_points + 1), a zero after the last point
     std::vector<float> kernel, padded, model;
-    // Lines of the candidate: square root of intensity, place on the axis in points, width in ln q, slope of ln q with
+    // Lines of the candidate: power of intensity, place on the axis in points, width in ln q, slope of ln q with
     // each parameter.
     int n_strains = 0;
     std::vector<float> amplitude, position, width, slope[kFitParameters];
@@ -187,8 +187,8 @@ XRDFAST_CLONES void refine(Workspace& w, const std::vector<float>& level, double
     for (int k = 0; k < n; ++k) fit[k] = static_cast<float>(b[k]);
 }
 
-// Cosine between the narrowest level and the lines where the fit puts them, each blurred as much; lines that overlap
-// add up in intensity.
+// Cosine between the narrowest level and the lines where the fit puts them, each blurred as much; where lines overlap
+// their squares add up.
 XRDFAST_CLONES float cosine(const MatchStructuresParams& p, const float* fit, int64_t first, int64_t end, float norm2,
                             Workspace& w) {
     w.model.assign(p.n_points, 0.0f);

@@ -8,13 +8,13 @@ namespace xrdfast {
 constexpr int kFitParameters = 7;  // six strains, the first isotropic, and the zero shift
 
 struct MatchStructuresParams {
-    const float* amplitude;       // (n_scans, n_points), square root of intensity on an even axis of ln q
+    const float* amplitude;       // (n_scans, n_points), a power of intensity on an even axis of ln q
     const int32_t* measured;      // (n_scans, 2), first measured point and the one after the last
     const float* weight;          // (n_points), of each point in the score
     const int64_t* candidate;     // (n_scans, n_candidates), structures to try; < 0 for none
     const int64_t* line_offset;   // (n_structures + 1), first line of each structure
     const int16_t* hkl;           // (n_lines, 3)
-    const float* line_amplitude;  // (n_lines), square root of intensity, any scale
+    const float* line_amplitude;  // (n_lines), the same power of intensity, any scale
     const double* metric;         // (n_structures, 6): a*.a*, b*.b*, c*.c*, b*.c*, a*.c*, a*.b*, 1 / Angstrom^2
     const double* metric_change;  // (n_structures, 6, 6): of the metric with each free strain, rows, then zeros; the
                                   // first strain is isotropic, 1 / sqrt(3) along every axis

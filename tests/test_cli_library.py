@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -73,8 +74,24 @@ def test_predict_joins_both_answers(folder: Path) -> None:
     assert both["superclasses"]["crystal_system"][0]["name"] == "cubic"
     assert both["nearest"][0]["formula"] == "Na1Cl1"
     assert both["notes"][-1] == "joined with the answer of 3 known structures"
+    assert both["conformal_set"] == []  # calibrated with the weights that ship, on scans
     text = run(*ask[:-1], "--library", folder / "known.safetensors").stdout
     assert "nearest known" in text
+
+
+def test_the_joined_answer_of_a_scan_has_a_set(folder: Path) -> None:
+    """With the weights that ship; a model of one's own has none."""
+    two_theta = np.arange(10.0, 85.0, 0.02)
+    places, heights = np.array([line.split() for line in SALT_LINES.splitlines()], dtype=float).T
+    counts = 30.0 + 40.0 * (heights * np.exp(-0.5 * ((two_theta[:, None] - places) / 0.05) ** 2)).sum(1)
+    scan = folder / "scan.xy"
+    np.savetxt(scan, np.c_[two_theta, np.random.default_rng(0).poisson(counts)])
+    ask = ("predict", scan, "--wavelength", "CuKa1", "--json", "--library", folder / "known.safetensors")
+    found = json.loads(run(*ask).stdout)
+    assert found["candidates"][0]["space_group_number"] == 225 and 225 in found["conformal_set"]
+    assert len(found["conformal_set"]) < 100
+    own = json.loads(run(*ask, "--model", folder / "model.safetensors").stdout)
+    assert own["conformal_set"] == []
 
 
 def test_a_library_of_a_store_is_that_of_its_structures(folder: Path) -> None:

@@ -390,10 +390,14 @@ def test_unknown_levels_are_refused() -> None:
 
 def test_pooled_answers_are_products_of_powers() -> None:
     one, other = (torch.rand(3, 230, dtype=torch.float64).softmax(1) for _ in range(2))
-    pooled = pool_posteriors([one, other], [0.5, 2.0]).space_group
-    by_hand = (0.99 * one + 0.01 / 230) ** 0.5 * (0.99 * other + 0.01 / 230) ** 2.0
+    pooled = pool_posteriors([one, other], [(0.5, 0.0), (2.0, -0.3)]).space_group
+    spread, other_spread = 0.99 * one + 0.01 / 230, 0.99 * other + 0.01 / 230
+    system = JointPosterior(other_spread).marginal("crystal_system")[
+        :, torch.tensor(class_index("crystal_system"))
+    ]
+    by_hand = spread**0.5 * other_spread**2.0 * system**-0.3
     torch.testing.assert_close(pooled, by_hand / by_hand.sum(1, keepdim=True))
-    alone = pool_posteriors([one], [1.0]).space_group
+    alone = pool_posteriors([one], [(1.0, 0.0)]).space_group
     torch.testing.assert_close(alone, 0.99 * one + 0.01 / 230)
 
 
@@ -406,8 +410,8 @@ def test_a_fitted_pool_trusts_the_answer_that_is_right() -> None:
     good = (3.0 * noise[0] + 3.0 * right).softmax(1)
     blind = (noise[1] * 6.0).softmax(1)
     exponents = fit_pool([good, blind], number)
-    assert exponents[0] > 0.7
-    assert exponents[1] < 0.1
+    assert exponents[0][0] > 0.7
+    assert exponents[1][0] < 0.1
 
     def cost(rows: Tensor) -> float:
         return float(nll_loss(rows.log(), number - 1))
@@ -418,14 +422,29 @@ def test_a_fitted_pool_trusts_the_answer_that_is_right() -> None:
     assert cost(both) < min(cost(first), cost(second))
 
 
+def test_a_fitted_pool_trusts_a_level_alone() -> None:
+    """An answer that is right in the crystal system and guesses within it; one that is wrong in it and right within."""
+    number = torch.arange(1, 231).repeat(4)
+    systems = torch.tensor(class_index("crystal_system"))
+    same = (systems[number - 1][:, None] == systems[None]).double()
+    coarse = same * 20.0 + 1.0
+    within = torch.where(torch.nn.functional.one_hot(number - 1, 230).bool(), 30.0, 1.0) / (1.0 + 9.0 * same)
+    answers = [rows / rows.sum(1, keepdim=True) for rows in (coarse, within)]
+    (_, _), (_, system) = exponents = fit_pool(answers, number)
+    assert system < -0.1
+    pooled = pool_posteriors(answers, exponents)
+    assert bool((pooled.space_group.argmax(1) == number - 1).all())
+
+
 @pytest.mark.parametrize(
     ("answers", "exponents", "message"),
     [
         ([], [], "posteriors must be at least one"),
-        ([torch.ones(2, 7)], [1.0], "posteriors must be at least one"),
-        ([torch.ones(2, 230), torch.ones(3, 230)], [1.0, 1.0], "posteriors must be at least one"),
-        ([torch.ones(2, 230)], [1.0, 1.0], "exponents must be 1 numbers"),
-        ([torch.ones(2, 230)], [-1.0], "exponents must be 1 numbers"),
+        ([torch.ones(2, 7)], [(1.0, 0.0)], "posteriors must be at least one"),
+        ([torch.ones(2, 230), torch.ones(3, 230)], [(1.0, 0.0)] * 2, "posteriors must be at least one"),
+        ([torch.ones(2, 230)], [(1.0, 0.0)] * 2, "exponents must be 1 times 2 numbers"),
+        ([torch.ones(2, 230)], [(1.0,)], "exponents must be 1 times 2 numbers"),
+        ([torch.ones(2, 230)], [(-1.0, 0.0)], "exponents must be 1 times 2 numbers, the first >= 0"),
     ],
 )
 def test_pools_of_other_shapes_are_refused(answers: list, exponents: list, message: str) -> None:

@@ -21,6 +21,7 @@ from xrdfast.symmetry import N_CLASSES, N_SPACE_GROUPS, TASKS, class_index
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 MAX_EXPONENT = 20.0
 COVERAGE = 0.95  # of the sets of space groups
+POOL_LEVELS = ("space_group", "crystal_system")  # of an answer that is pooled, each with its exponent
 _SPREAD = 0.01  # of an answer that is pooled with others, evenly over the groups
 _FIT_ROWS = 256  # patterns that the fit takes at once: 4 x 256 x 230 doubles are 1.9 MB, within a cache
 
@@ -251,20 +252,23 @@ def conformal_threshold(probability: Tensor, space_group_number: Tensor, coverag
     return float(own.sort().values[k - 1].clamp(0.0, 1.0)) if k else 0.0
 
 
-def pool_posteriors(posteriors: Sequence[Tensor], exponents: Sequence[float]) -> JointPosterior:
-    """Log-linear pool of several answers: log p(g) = sum_k exponent_k log(0.99 p_k(g) + 0.01 / 230) + constant.
+def pool_posteriors(posteriors: Sequence[Tensor], exponents: Sequence[Sequence[float]]) -> JointPosterior:
+    """Log-linear pool of several answers, of each its space groups and its crystal systems.
 
-    The hundredth that is spread evenly keeps an answer from ruling a group out by itself.
+        log p(g) = sum_k sum_level exponent_k,level log q_k(level of g) + constant,   q_k = 0.99 p_k + 0.01 / 230
+
+    The hundredth that is spread evenly keeps an answer from ruling a group out by itself. The exponent of a crystal
+    system is what an answer is trusted in it beyond (or, if negative, short of) what its space groups are.
 
     Args:
         posteriors: each (n_patterns, 230), rows that sum to 1.
-        exponents: of each, >= 0 (`fit_pool`).
+        exponents: of each, its two: of `POOL_LEVELS`, the first >= 0 (`fit_pool`).
 
     Returns:
         The pooled posterior.
 
     Raises:
-        ValueError: for no answer, other shapes, another number of exponents or one that is negative.
+        ValueError: for no answer, other shapes, another number of exponents or a first one that is negative.
 
     Source:
         Genest & Zidek, Stat. Sci. 1, 114 (1986), section 3.
@@ -272,46 +276,53 @@ def pool_posteriors(posteriors: Sequence[Tensor], exponents: Sequence[float]) ->
     Example:
         >>> one, other = torch.full((1, 230), 0.001), torch.full((1, 230), 1 / 230)
         >>> one[0, 61] = 0.771
-        >>> round(float(pool_posteriors([one, other], [1.0, 1.0]).space_group[0, 61]), 2)
+        >>> round(float(pool_posteriors([one, other], [(1.0, 0.0), (1.0, 0.0)]).space_group[0, 61]), 2)
         0.76
     """
     scores = _pooled_scores("pool_posteriors", posteriors)
-    weights = torch.tensor(list(exponents), dtype=scores.dtype)
-    if len(weights) != len(scores) or not bool((weights >= 0.0).all()):
-        got = list(exponents)
-        raise ValueError(f"pool_posteriors: exponents must be {len(scores)} numbers >= 0, got {got}")
+    pairs = [tuple(pair) for pair in exponents]
+    fits = [len(pair) == len(POOL_LEVELS) and pair[0] >= 0.0 for pair in pairs]
+    if len(pairs) != len(posteriors) or not all(fits):
+        rule = f"{len(posteriors)} times {len(POOL_LEVELS)} numbers, the first >= 0"
+        raise ValueError(f"pool_posteriors: exponents must be {rule}, got {pairs}")
+    weights = torch.tensor(pairs, dtype=scores.dtype).flatten()
     return JointPosterior(torch.einsum("k,kng->ng", weights, scores).softmax(dim=1))
 
 
-def fit_pool(posteriors: Sequence[Tensor], space_group_number: Tensor) -> tuple[float, ...]:
+def fit_pool(posteriors: Sequence[Tensor], space_group_number: Tensor) -> tuple[tuple[float, ...], ...]:
     """Exponents of `pool_posteriors` that minimise the negative log-likelihood of held-out patterns.
 
-    Convex; a prior worth one pattern pulls every exponent towards 1, as in `fit_calibration`.
+    Convex; a prior worth one pattern pulls the exponents of space groups towards 1 and the others towards 0.
 
     Args:
         posteriors: each (n_patterns, 230), of patterns that nothing in them was fitted on.
         space_group_number: (n_patterns,) integers, 1..230.
 
     Returns:
-        One exponent an answer, 0..20.
+        Of each answer its exponents, -20..20, that of space groups 0..20.
 
     Raises:
         ValueError: for other shapes, no pattern, or numbers outside 1..230.
     """
     scores = _pooled_scores("fit_pool", posteriors)
     number = checked_numbers("fit_pool", space_group_number, scores.shape[1])
-    return tuple(_fit_log_linear(scores, number - 1, 0.0, MAX_EXPONENT).tolist())
+    is_group = torch.tensor([level == "space_group" for level in POOL_LEVELS] * len(posteriors))
+    lower = torch.where(is_group, 0.0, -MAX_EXPONENT)
+    fitted = _fit_log_linear(scores, number - 1, lower, MAX_EXPONENT, expected=is_group.double())
+    return tuple(map(tuple, fitted.view(len(posteriors), -1).tolist()))
 
 
 def _pooled_scores(op: str, posteriors: Sequence[Tensor]) -> Tensor:
-    """(n_answers, n_patterns, 230) float64 on the CPU: what the exponents multiply."""
+    """(n_answers * n_levels, n_patterns, 230) float64 on the CPU: what the exponents multiply."""
     shapes = [tuple(rows.shape) for rows in posteriors]
     if not shapes or len(set(shapes)) > 1 or len(shapes[0]) != 2 or shapes[0][1] != N_SPACE_GROUPS:
         raise ValueError(
             f"{op}: posteriors must be at least one, each (n_patterns, {N_SPACE_GROUPS}), got {shapes}"
         )
     floor = _SPREAD / N_SPACE_GROUPS
-    return torch.stack([torch.log((1.0 - _SPREAD) * rows.cpu().double() + floor) for rows in posteriors])
+    spread = [JointPosterior((1.0 - _SPREAD) * rows.cpu().double() + floor) for rows in posteriors]
+    levels = [answer.marginal(level)[:, _classes(level, "cpu")] for answer in spread for level in POOL_LEVELS]
+    return torch.stack(levels).log()
 
 
 def checked_logits(
@@ -372,8 +383,10 @@ def _expert(task: str, logits: Tensor, temperature: float) -> Tensor:
     return (logits / temperature).log_softmax(dim=1)[:, _classes(task, logits.device)]
 
 
-def _fit_log_linear(scores: Tensor, target: Tensor, lower: float, upper: float) -> Tensor:
-    """Weights x in [lower, upper] that minimise mean NLL of softmax(sum_k x_k scores_k) + |x - 1|^2 / 2n.
+def _fit_log_linear(
+    scores: Tensor, target: Tensor, lower: float | Tensor, upper: float, expected: float | Tensor = 1.0
+) -> Tensor:
+    """Weights x in [lower, upper] that minimise mean NLL of softmax(sum_k x_k scores_k) + |x - expected|^2 / 2n.
 
     Projected Newton: coordinates that the gradient presses against a bound rest, the others take a damped
     Newton step (Bertsekas, SIAM J. Control Optim. 20 (1982) 221). The prior keeps the Hessian positive
@@ -382,8 +395,9 @@ def _fit_log_linear(scores: Tensor, target: Tensor, lower: float, upper: float) 
     Args:
         scores: (n_weights, n_patterns, n_classes) float64.
         target: (n_patterns,) true classes.
-        lower: smallest weight.
+        lower: smallest weight, one or (n_weights,).
         upper: largest weight.
+        expected: of the weights, one or (n_weights,).
 
     Returns:
         (n_weights,).
@@ -396,12 +410,15 @@ def _fit_log_linear(scores: Tensor, target: Tensor, lower: float, upper: float) 
         return (weights @ scores.flatten(1)).view(n_patterns, n_classes)
 
     def objective(weights: Tensor, total: Tensor) -> Tensor:
-        return total.logsumexp(1).mean() + (weights - 1.0).square().sum() / (2 * n_patterns)
+        return total.logsumexp(1).mean() + (weights - centre).square().sum() / (2 * n_patterns)
 
-    weights = torch.ones(n_weights, dtype=torch.float64)
+    lowest, highest, centre = (
+        torch.as_tensor(bound, dtype=torch.float64).expand(n_weights) for bound in (lower, upper, expected)
+    )
+    weights = centre.clone()
     total = combined(weights)
     for _ in range(100):
-        gradient = weights - 1.0
+        gradient = weights - centre
         hessian = torch.eye(n_weights, dtype=torch.float64)
         for part, logits in zip(scores.split(_FIT_ROWS, dim=1), total.split(_FIT_ROWS), strict=True):
             probability = logits.softmax(dim=1)
@@ -410,7 +427,7 @@ def _fit_log_linear(scores: Tensor, target: Tensor, lower: float, upper: float) 
             gradient = gradient + mean.sum(dim=(1, 2))
             hessian = hessian + spread @ spread.T
         gradient, hessian = gradient / n_patterns, hessian / n_patterns
-        resting = (weights <= lower) & (gradient > 0) | (weights >= upper) & (gradient < 0)
+        resting = (weights <= lowest) & (gradient > 0) | (weights >= highest) & (gradient < 0)
         free = (~resting).nonzero().flatten()
         if not len(free) or float(gradient[free].abs().max()) < 1e-9:
             break
@@ -418,7 +435,7 @@ def _fit_log_linear(scores: Tensor, target: Tensor, lower: float, upper: float) 
         direction[free] = -torch.linalg.solve(hessian[free][:, free], gradient[free])
         value, step = objective(weights, total), 1.0
         while step > 1e-10:
-            moved = (weights + step * direction).clamp(lower, upper)
+            moved = (weights + step * direction).clamp(lowest, highest)
             moved_total = combined(moved)
             if objective(moved, moved_total) <= value + 1e-4 * gradient @ (moved - weights):
                 break

@@ -33,10 +33,10 @@ from xrdfast.data.profiles import PROFILES
 from xrdfast.data.scans import read
 from xrdfast.data.store import PatternStore
 from xrdfast.data.structures import PackedStructures, analyse_symmetry, load_structures
+from xrdfast.data.whole_scans import preprocess_whole_scans
 from xrdfast.errors import InputError, shown_path
 from xrdfast.lines import simulate_structure_lines
 from xrdfast.models import SymmetryModel, pretrained_path
-from xrdfast.ops.preprocess import preprocess_scans
 from xrdfast.ops.render import sticks_to_grid
 from xrdfast.posterior import Calibration, JointPosterior, joint_posterior
 from xrdfast.suspicion import doubts
@@ -51,6 +51,9 @@ SUPERCLASSES = (
     "laue_class",
     "point_group",
     "extinction_group",
+)
+SMOOTH_WIDTH = (
+    0.08  # degrees, of whole scans: better than none on simulated scans with noise and on measured ones
 )
 _BATCH = 128
 _PEAK_FWHM, _PEAK_REACH = 0.1, 1.0  # degrees, of the peaks that lines get for a model of scans
@@ -133,14 +136,16 @@ class Prediction:
         shares = {candidate.space_group_number: candidate.probability for candidate in self.candidates}
         return torch.tensor([[shares[i + 1] for i in range(len(SYMBOLS))]], dtype=torch.float64)
 
-    def with_posterior(self, posterior: JointPosterior, n_candidates: int, note: str) -> Prediction:
-        """The same pattern, answered by another posterior; the set of the calibration does not hold for it."""
+    def with_posterior(
+        self, posterior: JointPosterior, n_candidates: int, note: str, threshold: float | None = None
+    ) -> Prediction:
+        """The same pattern, answered by another posterior, with the threshold of its set where one is known."""
         return dataclasses.replace(
             self,
             candidates=_ranked_candidates(posterior, n_candidates),
             superclasses={level: _ranked_classes(posterior, level) for level in SUPERCLASSES},
             notes=(*self.notes, note),
-            conformal_set=(),
+            conformal_set=_conformal_set(posterior, threshold),
         )
 
 
@@ -351,14 +356,9 @@ class SymmetryPredictor:
         source = "assumed" if wavelength is None else "given"
         wavelength = radiations()["CuKa"] if wavelength is None else wavelength_of(wavelength)
         place, height = find_peaks(two_theta, intensity)
-        notes = [
-            f"read as a scan of {len(two_theta)} points"
-            + (
-                ""
-                if self.reads_scans
-                else f"; the model was trained on lines, so it gets the {len(place)} peaks"
-            )
-        ]
+        notes = [f"read as a scan of {len(two_theta)} points"]
+        if not self.reads_scans:
+            notes[0] += f"; the model was trained on lines, so it gets the {len(place)} peaks"
         if len(place) == 0:
             raise ValueError("peaks: must stand out of the noise, got none")
         anode = doublet_anode(wavelength)
@@ -372,7 +372,7 @@ class SymmetryPredictor:
             given = self.prepare_scans([two_theta], [intensity], [wavelength])
             if not bool(given.any()):
                 raise ValueError("intensity: must rise above background and noise within the model's range")
-            more = ["background taken off, what does not rise above the noise left blank"]
+            more = ["smoothed, background taken off, what does not rise above the noise left blank"]
         return self._answer(pattern, "scan", wavelength, source, [*notes, *more], n_candidates, given=given)
 
     def prepare_scans(
@@ -392,14 +392,14 @@ class SymmetryPredictor:
             (n_scans, n_points) float32, 0 to 100; a row of zeros where nothing rises above background and noise
             inside the model's range.
         """
-        return preprocess_scans(
-            torch.tensor([0, *map(len, two_theta)]).cumsum(0),
-            torch.from_numpy(np.concatenate(two_theta)),
-            torch.from_numpy(np.concatenate(intensity)),
-            torch.tensor(wavelength, dtype=torch.float64),
+        return preprocess_whole_scans(
+            two_theta,
+            intensity,
+            wavelength,
             grid=self.grid,
             model_wavelength=self.wavelength,
-        ).intensity
+            smooth_width=SMOOTH_WIDTH,
+        )[0]
 
     def prepare_lines(self, patterns: Sequence[Pattern]) -> Tensor:
         """Lines of `lines_on_axis` on the model's axis: as sticks, or with the shape of a peak.
@@ -519,7 +519,7 @@ class SymmetryPredictor:
             notes=tuple(notes),
             pattern=pattern,
             true_number=true_number,
-            conformal_set=_conformal_set(posterior, self.calibration),
+            conformal_set=_conformal_set(posterior, self.calibration and self.calibration.threshold),
             out_of_distribution=unlike[0],
             several_phases=several[0],
         )
@@ -586,10 +586,10 @@ def _ranked_candidates(posterior: JointPosterior, n_candidates: int) -> tuple[Ca
     )
 
 
-def _conformal_set(posterior: JointPosterior, calibration: Calibration | None) -> tuple[int, ...]:
-    if calibration is None or calibration.threshold is None:
+def _conformal_set(posterior: JointPosterior, threshold: float | None) -> tuple[int, ...]:
+    if threshold is None:
         return ()
-    member = posterior.conformal_sets(calibration.threshold)[0]
+    member = posterior.conformal_sets(threshold)[0]
     order = posterior.space_group[0].sort(descending=True, stable=True).indices
     return tuple((order[member[order]] + 1).tolist())
 

@@ -89,7 +89,7 @@ def predict(
     if library is None:
         prediction = predictor.predict_file(file, **asked, n_candidates=top)
     else:
-        prediction, nearest = _second_opinion(predictor, file, library, asked, top)
+        prediction, nearest = _second_opinion(predictor, file, library, asked, top, ships=model is None)
     evidence = find_evidence(predictor, prediction)
     if plot is not None:
         from xrdfast.report import save_plot
@@ -154,11 +154,14 @@ def match(
 
 
 def _second_opinion(
-    predictor: SymmetryPredictor, file: Path, library: Path, asked: dict[str, Any], top: int
+    predictor: SymmetryPredictor, file: Path, library: Path, asked: dict[str, Any], top: int, *, ships: bool
 ) -> tuple[Prediction, list[dict[str, Any]]]:
-    """The model's answer joined with that of known structures, and the nearest of these."""
-    from xrdfast.posterior import JointPosterior, pool_posteriors
-    from xrdfast.retrieval import POOL_EXPONENTS, KnownStructures
+    """The model's answer joined with that of known structures, and the nearest of these.
+
+    The set of the joined answer was calibrated with the weights that ship: other models get none.
+    """
+    from xrdfast.posterior import pool_posteriors
+    from xrdfast.retrieval import POOL_EXPONENTS, POOL_THRESHOLD, KnownStructures
     from xrdfast.symmetry import N_SPACE_GROUPS
 
     known = KnownStructures.load(library)
@@ -166,9 +169,9 @@ def _second_opinion(
     matches = known.match_file(file, **asked, n_best=_SHOWN_NEAREST)
     pooled = pool_posteriors([prediction.space_groups(), matches.space_group], POOL_EXPONENTS)
     note = f"joined with the answer of {len(known)} known structures"
-    return prediction.with_posterior(JointPosterior(pooled.space_group), top, note), known.describe(matches)[
-        0
-    ]
+    threshold = POOL_THRESHOLD if ships and prediction.kind == "scan" else None
+    joined = prediction.with_posterior(pooled, top, note, threshold)
+    return joined, known.describe(matches)[0]
 
 
 def _show_nearest(nearest: list[dict[str, Any]]) -> None:

@@ -69,17 +69,17 @@ def match_structures(
 
        Expected are 2 % of isotropic and 0.6 % of other strain, and 0.05 degrees of zero shift.
     4. The score is the cosine, under the weight and within what was measured, of the last Y with the lines where x
-       puts them, Gaussians of 0.06 degrees 2theta and the blur, that add up in intensity where they overlap. So lines
+       puts them, Gaussians of 0.06 degrees 2theta and the blur, whose squares add up where they overlap. So lines
        that are missing and measured peaks that have no line both cost.
 
     Args:
-        amplitude: float32, >= 0, square roots of intensity above the background.
+        amplitude: float32, >= 0, of the intensity above the background; a square root or a lower power of it.
         measured: int32, first measured point and the one after the last.
         weight: float32, >= 0.
         candidate: int64, structures to try; negative for none.
         line_offset: int64, first line of each structure.
         hkl: int16.
-        line_amplitude: float32, >= 0, square roots of intensity, any scale.
+        line_amplitude: float32, >= 0, the same power of intensity, any scale.
         metric: float64, a*.a*, b*.b*, c*.c*, b*.c*, a*.c*, a*.b* in 1 / Angstrom^2.
         metric_change: float64, change of the metric with each of the orthonormal strains that keep the symmetry, rows,
             and zeros for the rest; the first is isotropic, 1 / sqrt(3) along every axis.

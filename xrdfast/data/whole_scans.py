@@ -1,0 +1,85 @@
+"""Whole scans, each with its own points, smoothed over one width in degrees and brought to a model's axis.
+
+Not for their peaks (`xrdfast.data.peaks`); every step is `xrdfast.ops.preprocess`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xrdfast.bragg import Grid
+from xrdfast.ops.preprocess import MAX_SMOOTH_POINTS, preprocess_scans
+
+
+def smoothing_points(two_theta: NDArray[np.float64], smooth_width: float) -> int:
+    """Odd number of points whose ends lie about `smooth_width` degrees apart; 1 for no smoothing, at most 101.
+
+    Args:
+        two_theta: (n_points,) degrees, rising.
+        smooth_width: degrees, >= 0.
+
+    Example:
+        >>> smoothing_points(np.arange(5.0, 90.0, 0.02), 0.08)
+        5
+    """
+    if len(two_theta) < 2:
+        return 1
+    step = float(two_theta[-1] - two_theta[0]) / (len(two_theta) - 1)
+    if not step > 0.0:
+        return 1
+    return 2 * min(round(0.5 * smooth_width / step), MAX_SMOOTH_POINTS // 2) + 1
+
+
+def preprocess_whole_scans(
+    two_theta: Sequence[NDArray[np.float64]],  # each (n_points of the scan,)
+    intensity: Sequence[NDArray[np.floating]],  # the same
+    wavelength: Sequence[float],
+    *,
+    grid: Grid,
+    model_wavelength: float,
+    smooth_width: float,
+) -> tuple[Tensor, Tensor]:
+    """Scans without background and noise on the axis of a model: `preprocess_scans`, smoothed by width, not points.
+
+    Args:
+        two_theta: degrees, rising.
+        intensity: any unit.
+        wavelength: Angstrom; of K-alpha 1 for a doublet.
+        grid: of the model.
+        model_wavelength: Angstrom, of that axis.
+        smooth_width: degrees; 0 for none.
+
+    Returns:
+        Patterns (n_scans, n_points) float32, 0 to 100; measured points (n_scans, 2) int32, the first and the one after
+        the last.
+
+    Raises:
+        ValueError: as `preprocess_scans`.
+    """
+    by_points: dict[int, list[int]] = {}
+    for scan, angles in enumerate(two_theta):
+        by_points.setdefault(smoothing_points(angles, smooth_width), []).append(scan)
+    pieces = [
+        preprocess_scans(
+            torch.tensor([0, *(len(two_theta[scan]) for scan in scans)]).cumsum(0),
+            torch.from_numpy(np.concatenate([two_theta[scan] for scan in scans])),
+            torch.from_numpy(np.concatenate([intensity[scan] for scan in scans])),
+            torch.tensor([wavelength[scan] for scan in scans], dtype=torch.float64),
+            grid=grid,
+            model_wavelength=model_wavelength,
+            smooth_points=n_points,
+        )
+        for n_points, scans in by_points.items()
+    ]
+    if len(pieces) == 1:
+        return pieces[0].intensity, pieces[0].measured
+    patterns = torch.zeros(len(two_theta), grid.n_points)
+    measured = torch.zeros(len(two_theta), 2, dtype=torch.int32)
+    for scans, piece in zip(by_points.values(), pieces, strict=True):
+        patterns[scans], measured[scans] = piece.intensity, piece.measured
+    return patterns, measured
