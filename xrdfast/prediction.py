@@ -52,9 +52,7 @@ SUPERCLASSES = (
     "point_group",
     "extinction_group",
 )
-SMOOTH_WIDTH = (
-    0.08  # degrees, of whole scans: better than none on simulated scans with noise and on measured ones
-)
+SMOOTH_WIDTH = 0.08  # degrees, of whole scans: better than none on simulated noise and on measured scans
 _BATCH = 128
 _PEAK_FWHM, _PEAK_REACH = 0.1, 1.0  # degrees, of the peaks that lines get for a model of scans
 
