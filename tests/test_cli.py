@@ -353,6 +353,16 @@ def test_bad_wavelengths(tmp_path, model, value, option):
     assert "wavelength: " in refuse("simulate", path, f"{option}={value}")
 
 
+@pytest.mark.parametrize(
+    "arguments", [("demo", "--minutes"), ("screen", "x.xy", "-o", "x.parquet", "--interval")]
+)
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_numbers_that_are_none(arguments, value):
+    done = run(*arguments, value)
+    assert done.exit_code == 2
+    assert arguments[-1] in done.output
+
+
 def test_bad_stores_and_models(tmp_path, model, tiny_presets):
     store, sticks = tmp_path / "cubic.store.safetensors", tmp_path / "salt.xy"
     sticks.write_text(STICKS)

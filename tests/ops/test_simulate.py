@@ -202,6 +202,12 @@ def test_the_direct_call_equals_the_operator(monkeypatch: pytest.MonkeyPatch) ->
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("simulate_it", [simulate_lines, simulate_families])
+def test_what_is_not_packed_is_named(simulate_it) -> None:
+    with pytest.raises(TypeError, match=r"structures must be PackedStructures .*, got Structure"):
+        simulate_it(to_pymatgen(salts()[0]))
+
+
 def test_strided_offsets_are_checked_as_they_are_read() -> None:
     structures = random_structures(2, seed=9)
     n_atoms = len(structures.atomic_number)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from xrdfast.cli.group import cli
-from xrdfast.cli.options import file_option, model_option, wavelength_option
+from xrdfast.cli.options import FiniteRange, file_option, model_option, wavelength_option
 
 if TYPE_CHECKING:
     from xrdfast.prediction import Prediction, SymmetryPredictor
@@ -255,7 +255,7 @@ def _percent(share: float) -> str:
 @click.option("--readers", type=click.IntRange(0, 1024), help="Processes that read; default one a core.")
 @click.option("--watch", is_flag=True, help="Go on with files that appear, until Ctrl-C.")
 @click.option(
-    "--interval", default=2.0, show_default=True, type=click.FloatRange(0.0), help="Seconds, of --watch."
+    "--interval", default=2.0, show_default=True, type=FiniteRange(0.0), help="Seconds, of --watch."
 )
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Progress as lines of JSON on standard error.")

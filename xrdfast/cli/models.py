@@ -11,7 +11,7 @@ import click
 
 from xrdfast.cli.answers import show_prediction
 from xrdfast.cli.group import INTERRUPTED, cli
-from xrdfast.cli.options import file_option, parse_folds
+from xrdfast.cli.options import FiniteRange, file_option, parse_folds
 
 if TYPE_CHECKING:
     from xrdfast.training.config import RunConfig
@@ -186,7 +186,7 @@ def import_checkpoint(file: Path, output: Path) -> None:
     "--minutes",
     default=3.5,
     show_default=True,
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     help="Of training, at most.",
 )
 def demo(output: Path, minutes: float) -> None:

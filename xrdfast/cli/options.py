@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 
 import click
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers that has no NaN and no infinity in it."""
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number, or click's refusal."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
 
 
 def _wavelength(ctx: click.Context, option: click.Parameter, value: str | None) -> float | None:

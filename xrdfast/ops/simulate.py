@@ -102,6 +102,7 @@ def simulate_lines(
         `Lines`. A structure that cannot be simulated has none, and says why in `status`.
 
     Raises:
+        TypeError: for structures that are not packed.
         ValueError: for a wavelength, limit or table outside these rules.
 
     Note:
@@ -155,6 +156,7 @@ def simulate_families(
         `Families`.
 
     Raises:
+        TypeError: for structures that are not packed.
         ValueError: for a wavelength, limit, margin, cutoff or table outside these rules.
 
     Note:
@@ -220,6 +222,11 @@ def _arguments(
         "finite and > 0 Angstrom",
         wavelength,
     )
+    if not hasattr(structures, "b_iso"):
+        raise TypeError(
+            f"{op}: structures must be PackedStructures (xrdfast.load_structures, from_pymatgen, from_ase), "
+            f"got {type(structures).__name__}"
+        )
     table, mott_bethe = _form_factor_tensor(form_factors)
     corrections = _dispersion_tensor(wavelength) if dispersion else None
     device = structures.lattice.device
