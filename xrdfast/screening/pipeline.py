@@ -64,8 +64,7 @@ class Screener:
         wavelength: Angstrom or a name, for scans whose file states none; None assumes copper K-alpha.
         top_k: space groups in a row, 1..230.
         batch_size: patterns that the model takes at once; few enough for a core's caches, a GPU wants hundreds.
-        n_readers: processes that read; 0 reads in this one. With more, a script needs the usual
-            `if __name__ == "__main__"`, as for everything that starts processes.
+        n_readers: processes that read; 0 reads in this one.
 
     Raises:
         ValueError: for numbers outside their ranges, or no wavelength.
