@@ -30,7 +30,9 @@ def test_small_is_small():
     """At most 3 M parameters and 0.06 GFLOP a pattern: what two cores train."""
     model = build_model("small").eval()
     assert sum(p.numel() for p in model.parameters()) < 3e6
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(
+        display=False
+    ) as counter:  # with gradients: it does not count products that write in place
         model(torch.rand(4, 8500))
     assert 0.05e9 < counter.get_total_flops() / 4 <= 0.06e9
 

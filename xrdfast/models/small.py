@@ -64,7 +64,9 @@ class PatchMerge(nn.Module):
         before = self.stride // 2
         x = F.pad(x, (0, 0, before, n_patches * self.stride - length - before))
         patches = x.view(n_patterns, n_patches, self.stride * channels)
-        if torch.is_grad_enabled():
+        if (
+            torch.is_grad_enabled() or torch.compiler.is_compiling()
+        ):  # an exported graph may meet gradients later
             return _ShiftedSum.apply(patches @ self.weight.T) + self.bias
         # The sum within the products, over all patterns in a row: what crosses from one to the next is left out.
         rows = patches.flatten(0, 1)
