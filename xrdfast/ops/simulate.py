@@ -326,20 +326,9 @@ def _families_checked(arguments: tuple) -> None:
     _offsets_checked(op, "rotation_offset", rotation_offset, len(rotations))
 
 
-def _addresses(
-    atom_offset: Tensor,
-    lattice: Tensor,
-    atomic_number: Tensor,
-    fractional: Tensor,
-    occupancy: Tensor,
-    b_iso: Tensor,
-    form_factor: Tensor,
-    mott_bethe: bool,
-    dispersion: Tensor | None,
-    *limits: float,
-) -> tuple[list[Tensor], tuple[float, ...]]:
+def _addresses(*arguments) -> tuple[list[Tensor], tuple[float, ...]]:
     """What a native simulator takes first, and the tensors that must live until it returns."""
-    given = (atom_offset, lattice, atomic_number, fractional, occupancy, b_iso, form_factor)
+    given, (mott_bethe, dispersion, *limits) = arguments[:7], arguments[7:]
     held = [x if x.is_contiguous() else x.contiguous() for x in given]
     pointers = [x.data_ptr() for x in held]
     if dispersion is None:
@@ -347,7 +336,8 @@ def _addresses(
     else:
         held.append(dispersion.contiguous())
         pointers.append(held[-1].data_ptr())
-    return held, (*pointers, lattice.shape[0], form_factor.shape[0], mott_bethe, *limits)
+    n_structures, n_elements = given[1].shape[0], given[6].shape[0]
+    return held, (*pointers, n_structures, n_elements, mott_bethe, *limits)
 
 
 def _lines_cpu(*arguments):

@@ -7,7 +7,6 @@ that every machine sees. What is done is known by the parts, as ever: a run goes
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,13 +54,13 @@ def screen_with_ray(
     everything += manifest.extend(find_files(map(os.path.abspath, paths), lambda path: path in own))
     kept = manifest.n_kept
     todo = [
-        {"number": number, "chunk": pickle.dumps(chunk)}
+        {"number": number, "chunk": chunk}
         for number, chunk in everything
         if number >= kept and not manifest.part(number, chunk).exists()
     ]
     answered = failed = 0
     if todo:
-        known = sum(pickle.loads(one["chunk"]).n_expected for one in todo)
+        known = sum(one["chunk"].n_expected for one in todo)
         done = (
             ray.data.from_items(todo, override_num_blocks=len(todo))
             .map(_prepare, fn_args=(screener.given, screener.predictor.reads_scans))
@@ -81,8 +80,7 @@ def screen_with_ray(
 
 
 def _prepare(row: dict[str, Any], given: Any, whole: bool) -> dict[str, Any]:
-    prepared = prepare_chunk(pickle.loads(row["chunk"]), given, whole)
-    return {**row, "prepared": pickle.dumps(prepared)}
+    return {**row, "prepared": prepare_chunk(row["chunk"], given, whole)}
 
 
 class _Answer:
@@ -97,8 +95,8 @@ class _Answer:
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
         answered, failed = [], []
         for number, chunk, prepared in zip(batch["number"], batch["chunk"], batch["prepared"], strict=True):
-            rows, failures = self._screener.answer(pickle.loads(prepared))
-            write_part(self._manifest, int(number), pickle.loads(chunk), rows, failures)
+            rows, failures = self._screener.answer(prepared)
+            write_part(self._manifest, int(number), chunk, rows, failures)
             answered.append(len(rows))
             failed.append(len(failures))
         return {"answered": answered, "failed": failed}
