@@ -4,7 +4,7 @@ r"""What self-distillation does for the `small` preset on real structures: basel
         -o benchmarks/results/distillation_patterns.json --runs distillation
 
 Every run has as many epochs, seeds pair (same initial weights, batches and augmentation), fold 0 validates. Runs
-already in the results file are not repeated, stopped ones go on. Not a test of speed, though a step is timed.
+already in the results file are not repeated, stopped ones go on. Not a test of speed: see bench_training.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from xrdfast.training.balance import METHODS
 from xrdfast.training.checkpoint import MODEL_FILE, load_model_card
 from xrdfast.training.config import load_config
 from xrdfast.training.distill import OBJECTIVES
-from xrdfast.training.run_log import LOG_FILE
 from xrdfast.training.trainer import Trainer
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "sticks-small.toml"
@@ -56,11 +55,9 @@ def run(
 
 
 def measured(folder: Path) -> dict[str, float]:
-    """Metrics of the single heads in percent, and milliseconds a step."""
+    """Metrics of the single heads in percent."""
     card = load_model_card(folder / MODEL_FILE)
     group, system = (card.metrics["tasks"][task] for task in ("space_group", "crystal_system"))
-    records = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
-    speed = statistics.median(r["patterns_per_second"] for r in records if r["event"] == "step")
     shares = {
         "top-1": group["top1"],
         "top-5": group["top5"],
@@ -69,9 +66,7 @@ def measured(folder: Path) -> dict[str, float]:
         "SPC system": card.metrics["spc"]["crystal_system"],
         "crystal system": system["top1"],
     }
-    return {name: 100.0 * x for name, x in shares.items()} | {
-        "ms a step": 1000.0 * card.config["train"]["batch_size"] / speed
-    }
+    return {name: 100.0 * x for name, x in shares.items()}
 
 
 def table(runs: dict[str, dict[str, float]]) -> str:
