@@ -163,18 +163,22 @@ class DRGLoss(nn.Module):
 
 
 class _Separable(nn.Sequential):
-    """Depthwise 3 of stride 2, 1x1, batch norm, ReLU; depthwise 3, 1x1, batch norm, ReLU. No biases."""
+    """Depthwise 3 of stride 2, 1x1, batch norm, ReLU; depthwise 3, 1x1, batch norm, ReLU. No biases.
+
+    A map of one dimension is one of two with height 1: laid out by channel, the 2-D convolutions of the CPU take two
+    thirds of the time of the 1-D ones.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, n_dims: int) -> None:
-        conv = nn.Conv1d if n_dims == 1 else nn.Conv2d
-        norm = nn.BatchNorm1d if n_dims == 1 else nn.BatchNorm2d
+        conv, norm = nn.Conv2d, nn.BatchNorm2d
         w, v = in_channels, out_channels
+        kernel, stride, padding = ((1, 3), (1, 2), (0, 1)) if n_dims == 1 else (3, 2, 1)
         super().__init__(
-            conv(w, w, 3, stride=2, padding=1, groups=w, bias=False),
+            conv(w, w, kernel, stride=stride, padding=padding, groups=w, bias=False),
             conv(w, w, 1, bias=False),
             norm(w),
             nn.ReLU(inplace=True),
-            conv(w, w, 3, padding=1, groups=w, bias=False),
+            conv(w, w, kernel, padding=padding, groups=w, bias=False),
             conv(w, v, 1, bias=False),
             norm(v),
             nn.ReLU(inplace=True),
@@ -199,11 +203,9 @@ class AuxiliaryClassifier(nn.Module):
         self, channels: int, classes: Mapping[str, int], n_dims: int, *, channels_last: bool = False
     ) -> None:
         super().__init__()
-        self.channels_last = channels_last
-        self.mode = "linear" if n_dims == 1 else "bilinear"
-        norm = nn.BatchNorm1d if n_dims == 1 else nn.BatchNorm2d
+        self.n_dims, self.channels_last = n_dims, channels_last
         self.gate = nn.Sequential(
-            _Separable(channels, channels, n_dims), norm(channels), nn.ReLU(inplace=True)
+            _Separable(channels, channels, n_dims), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
         )
         self.trunk = nn.Sequential(
             _Separable(channels, 2 * channels, n_dims), _Separable(2 * channels, 4 * channels, n_dims)
@@ -214,7 +216,9 @@ class AuxiliaryClassifier(nn.Module):
         """Logits of every head from a map (n_patterns, channels, ...), or (n_patterns, ..., channels)."""
         if self.channels_last:
             x = x.movedim(-1, 1)
-        gate = F.interpolate(self.gate(x), size=x.shape[2:], mode=self.mode, align_corners=True)
+        if self.n_dims == 1:
+            x = x.unsqueeze(2)
+        gate = F.interpolate(self.gate(x), size=x.shape[2:], mode="bilinear", align_corners=True)
         features = self.trunk(gate.sigmoid() * x).flatten(2).mean(dim=2)
         return {head: linear(features) for head, linear in self.heads.items()}
 
