@@ -38,7 +38,7 @@ def run(*arguments: object) -> Result:
 
 def test_exit_codes_and_progress(model, tmp_path):
     folder, output = write_folder(tmp_path / "scans", 2), tmp_path / "out.parquet"
-    options = ("--model", model, "--readers", 0)
+    options = ("--model", model, "--readers", 0, "--device", "cpu", "--batch", 1)
     done = run("screen", folder, "-o", output, *options, "--json")
     assert done.exit_code == 0, done.output
     assert "2 answered, 0 failed" in done.stdout
@@ -92,7 +92,8 @@ def test_torchrun_itself(model, tmp_path):
     assert len(pq.read_table(output)) == 6
 
 
-def test_refusals(model, tmp_path):
+def test_refusals(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     folder = write_folder(tmp_path / "scans", 1)
     for arguments, message in (
         ((folder, "-o", tmp_path / "out.csv"), "must end in .parquet"),
@@ -102,6 +103,11 @@ def test_refusals(model, tmp_path):
         ),
         ((folder, "-o", tmp_path / "none" / "out.parquet", "--model", model), "must lie in a folder"),
         ((folder, "-o", tmp_path / "out.parquet", "--model", model, "--watch", "--engine", "ray"), "--watch"),
+        ((folder, "-o", tmp_path / "out.parquet", "--device", "cuda", "--engine", "ray"), "--device"),
+        (
+            (folder, "-o", tmp_path / "out.parquet", "--device", "cuda"),
+            "--device: must be cpu where no GPU is found",
+        ),
     ):
         done = run("screen", *arguments)
         assert done.exit_code == 2 and message in done.stderr, done.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -290,7 +291,7 @@ def test_threads_keep_the_order_and_hold_back():
         time.sleep(0.001 * (i % 3))
         return i, torch.get_num_threads()
 
-    with pipeline._Threads(3) as threads:
+    with pipeline._Threads(3, torch.device("cpu")) as threads:
         for i, found in enumerate(threads.each(work, items())):
             assert found == (i, 1) and taken <= i + 1 + 4
     assert taken == 100 and torch.get_num_threads() == before
@@ -304,7 +305,7 @@ def test_an_error_of_a_thread_is_the_callers():
         begun.append(item)
         return 1 / (1 - item)
 
-    with pytest.raises(ZeroDivisionError), pipeline._Threads(1) as threads:
+    with pytest.raises(ZeroDivisionError), pipeline._Threads(1, torch.device("cpu")) as threads:
         list(threads.each(work, range(100)))
     assert begun[:2] == [0, 1] and len(begun) <= 4
 
@@ -329,6 +330,18 @@ def test_a_chunk_is_answered_in_pieces(predictor, tmp_path, monkeypatch):
     with open(manifest.parts / "manifest.jsonl", "a") as file:
         file.write(json.dumps(chunk.to_dict()) + "\n")
     assert pieces.screen([], tmp_path / "gone.parquet") == (0, 1)  # found, and away before it was read
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_answers(gpu, predictor, tmp_path):
+    folder = write_folder(tmp_path / "scans", 7)
+    model = copy.deepcopy(predictor.model).cuda()
+    there = Screener(SymmetryPredictor(model, calibration=predictor.calibration))
+    here = Screener(predictor)
+    assert (here.batch_size, there.batch_size) == (32, 512)
+    for ours, theirs in zip(here.run([folder]), there.run([folder]), strict=True):
+        assert ours["scan_id"] == theirs["scan_id"]
+        assert ours["probability"] == pytest.approx(theirs["probability"], abs=1e-4)
 
 
 def test_parts_are_what_pyarrow_makes(predictor, tmp_path):

@@ -253,6 +253,18 @@ def _percent(share: float) -> str:
     "--top", default=5, show_default=True, type=click.IntRange(1, 230), help="Space groups in a row."
 )
 @click.option("--readers", type=click.IntRange(0, 1024), help="Processes that read; default one a core.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    help="Where the model answers; auto takes a GPU where there is one. With --engine ray, cpu.",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(1, 65536),
+    help="Scans that the model takes at once; default 32 on a CPU, 512 on a GPU.",
+)
 @click.option("--watch", is_flag=True, help="Go on with files that appear, until Ctrl-C.")
 @click.option(
     "--interval", default=2.0, show_default=True, type=FiniteRange(0.0), help="Seconds, of --watch."
@@ -266,6 +278,8 @@ def screen(
     wavelength: float | None,
     top: int,
     readers: int | None,
+    device: str,
+    batch: int | None,
     watch: bool,
     interval: float,
     engine: str,
@@ -278,16 +292,21 @@ def screen(
     2: nothing done.
     """
     from xrdfast.errors import InputError
+    from xrdfast.prediction import SymmetryPredictor
     from xrdfast.screening.pipeline import Screener, rank_of_environment
     from xrdfast.screening.watching import Watch
     from xrdfast.terminal import screening_progress
+    from xrdfast.training.processes import local_device
 
     if output.suffix != ".parquet":
         raise InputError(f"{output}: --output: must end in .parquet, got another name")
     if watch and engine == "ray":
         raise click.UsageError("--watch goes with --engine local")
+    if device == "cuda" and engine == "ray":
+        raise click.UsageError("--device cuda goes with --engine local")
     n_readers = (os.cpu_count() or 1) if readers is None else readers
-    screener = Screener(model, wavelength=wavelength, top_k=top, n_readers=n_readers)
+    predictor = SymmetryPredictor.load(model, local_device("cpu" if engine == "ray" else device, "--device"))
+    screener = Screener(predictor, wavelength=wavelength, top_k=top, batch_size=batch, n_readers=n_readers)
     done = (0, 0)
 
     with screening_progress(as_json) as show:

@@ -63,7 +63,8 @@ class Screener:
             the weights that ship.
         wavelength: Angstrom or a name, for scans whose file states none; None assumes copper K-alpha.
         top_k: space groups in a row, 1..230.
-        batch_size: patterns that the model takes at once; few enough for a core's caches, a GPU wants hundreds.
+        batch_size: patterns that the model takes at once; None: 32 on a CPU, few enough for a core's caches, and 512
+            on a GPU.
         n_readers: processes that read; 0 reads in this one.
 
     Raises:
@@ -85,12 +86,12 @@ class Screener:
         *,
         wavelength: str | float | None = None,
         top_k: int = 5,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         n_readers: int = 0,
     ) -> None:
         for name, value, low, high in (
             ("top_k", top_k, 1, 230),
-            ("batch_size", batch_size, 1, 65536),
+            ("batch_size", 1 if batch_size is None else batch_size, 1, 65536),
             ("n_readers", n_readers, 0, 1024),
         ):
             if not low <= value <= high:
@@ -99,6 +100,8 @@ class Screener:
             model = SymmetryPredictor.load(model)
         self.predictor = model if isinstance(model, SymmetryPredictor) else SymmetryPredictor(model)
         self.given = None if wavelength is None else radiation_of(wavelength)
+        if batch_size is None:
+            batch_size = 32 if self.predictor.device.type == "cpu" else 512
         self.top_k, self.batch_size, self.n_readers = top_k, batch_size, n_readers
 
     def run(
@@ -361,8 +364,7 @@ class Screener:
         return Readers(self.n_readers, self.given, self.predictor.reads_scans)
 
     def _threads(self) -> _Threads:
-        """One thread a core that torch may use; two keep another device at work."""
-        return _Threads(torch.get_num_threads() if self.predictor.device.type == "cpu" else 2)
+        return _Threads(torch.get_num_threads(), self.predictor.device)
 
 
 class _Threads:
@@ -372,19 +374,25 @@ class _Threads:
     with batches of their own wait for nothing.
 
     Args:
-        n_threads: of them.
+        n_threads: of them, one a core: they prepare scans and write down answers wherever the model is.
+        device: of the model.
     """
 
-    def __init__(self, n_threads: int) -> None:
-        self._n_threads = n_threads
+    def __init__(self, n_threads: int, device: torch.device) -> None:
+        self._n_threads, self._device = n_threads, device
 
     def __enter__(self) -> _Threads:
         self._before = torch.get_num_threads()
         # Freed at once. glibc then keeps as much memory and gives batch after batch what the last one had: else new
         # pages, each cleared, take 7 % of the time.
         torch.empty(_KEPT_BYTES, dtype=torch.uint8)
-        self._pool = ThreadPoolExecutor(self._n_threads, "answer", torch.set_num_threads, (1,))
+        self._pool = ThreadPoolExecutor(self._n_threads, "answer", self._begin)
         return self
+
+    def _begin(self) -> None:
+        torch.set_num_threads(1)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # each thread has a current device of its own
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -88,8 +88,12 @@ class Processes:
             self._joined = False
 
 
-def local_device(name: str) -> torch.device:
+def local_device(name: str, field: str = "train.device") -> torch.device:
     """The device of this process: "cpu", "cuda" (one GPU a process), or "auto" for what there is.
+
+    Args:
+        name: one of the three.
+        field: where the name was given, for the message.
 
     Raises:
         InputError: "cuda" where there is none.
@@ -99,7 +103,7 @@ def local_device(name: str) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise InputError("train.device: must be cpu where no GPU is found, got cuda")
+        raise InputError(f"{field}: must be cpu where no GPU is found, got cuda")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
