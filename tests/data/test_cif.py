@@ -313,7 +313,7 @@ def test_blocks(tmp_path):
     text += f"data_b\n_chemical_name_mineral ' Halite '\n{CUBIC}{P1}{SALT}\n"
     text += f"data_c\n{CUBIC}{P1}{SALT}Cl2 ? 0 0\n"
     structures, rejected = read(tmp_path, text)
-    assert structures.ids == ["a.cif#a", "a.cif#b"] and structures.family == ["", "halite"]
+    assert structures.ids == ["a.cif#a", "a.cif#b"] and structures.family == ["", "Halite"]
     assert rejected == [
         ("a.cif#angles", "atoms: must be listed with fractional coordinates, got none"),
         ("a.cif#c", "Cl2: coordinates: must be finite, below 1000, got ? 0 0"),

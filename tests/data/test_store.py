@@ -157,6 +157,8 @@ def test_several_files_are_one_store(path: Path, tmp_path: Path) -> None:
         PatternStore.open([path, other])
     with pytest.raises(ValueError, match="open: paths must be at least one"):
         PatternStore.open([])
+    with pytest.raises(InputError, match=r"a\.store\.safetensors: stores: must each be given once"):
+        PatternStore.open([path, tmp_path / "." / path.name])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.9999])
@@ -344,7 +346,7 @@ def test_split_refuses_relatives_on_both_sides(path: Path) -> None:
     with pytest.raises(InputError, match=r"fold: must be one for equal formulas .* got two for A"):
         store.split([0])
     store.split([1])
-    store = write_labelled(path, formula=["A", "B", "C"], family=["", "x", "x"], fold=[0, 1, 2])
+    store = write_labelled(path, formula=["A", "B", "C"], family=["", "x", "X"], fold=[0, 1, 2])
     with pytest.raises(InputError, match=r"fold: must be one for equal families .* got two for x"):
         store.split([1])
     assert store.split([0])[1].tolist() == [0]
@@ -374,7 +376,7 @@ def test_relatives_share_a_fold_in_any_order(rows: list[tuple[str, str]], random
 
 def test_given_folds_are_kept_and_passed_on() -> None:
     given_folds = torch.tensor([7, -1, -1, 3], dtype=torch.int8)
-    folds = assign_folds(["A", "A", "B", "C"], ["", "m", "m", ""], given_folds)
+    folds = assign_folds(["A", "A", "B", "C"], ["", "m", "M", ""], given_folds)
     assert folds.tolist() == [7, 7, 7, 3]
     with pytest.raises(
         ValueError, match=r"assign_folds: fold must be one for the relatives of B, got \[3, 7\]"

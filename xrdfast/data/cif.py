@@ -123,7 +123,7 @@ def read_cif(path: str | Path, name: str | None = None) -> tuple[PackedStructure
         lattices.append(lattice)
         atoms.append((sites.atomic_number, sites.fractional, sites.occupancy, sites.b_iso))
         ids.append(name)
-        families.append(text_of(block, "_chemical_name_mineral").strip().lower())
+        families.append(text_of(block, "_chemical_name_mineral").strip())
         numbers.append(number)
     return from_arrays(lattices, atoms, ids, family=families, space_group_published=numbers), rejected
 

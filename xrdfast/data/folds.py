@@ -22,7 +22,7 @@ def assign_folds(formula: Sequence[str], family: Sequence[str], fold: Tensor | N
 
     Args:
         formula: (N) reduced formulas.
-        family: (N) family keys, "" where none.
+        family: (N) family keys, "" where none; upper and lower case are the same.
         fold: (N,) folds given from outside, -1 where none; None for none at all.
 
     Returns:
@@ -45,7 +45,7 @@ def assign_folds(formula: Sequence[str], family: Sequence[str], fold: Tensor | N
 
     names = [f"formula {text}" for text in formula]
     for name, key in zip(names, family, strict=True):
-        ends = root(name), root(f"family {key}" if key else name)
+        ends = root(name), root(f"family {key.casefold()}" if key else name)
         parent[max(ends)] = min(ends)  # so that a component's root is its smallest name
     roots = [root(name) for name in names]
     inherited: dict[str, set[int]] = {}

@@ -277,6 +277,11 @@ class PatternStore:
             paths = [paths]
         if not paths:
             raise ValueError("open: paths must be at least one store, got none")
+        seen: set[str] = set()
+        for path in paths:
+            if (place := os.path.realpath(path)) in seen:
+                raise InputError(f"{path}: stores: must each be given once, got it twice")
+            seen.add(place)
         return cls([_StoreFile(Path(path)) for path in paths])
 
     def __len__(self) -> int:
@@ -357,7 +362,8 @@ class PatternStore:
             raise InputError(f"{self._names()}: fold: must be assigned for a split, got -1 for {first}")
         held_out = torch.isin(fold, torch.tensor(sorted(validation_folds), dtype=fold.dtype))
         training, validation = selected[~held_out], selected[held_out]
-        for kind, names in (("formulas", self.formula), ("families", self.family)):
+        families = [key.casefold() for key in self.family]
+        for kind, names in (("formulas", self.formula), ("families", families)):
             shared = {names[i] for i in training.tolist()} & {names[i] for i in validation.tolist()} - {""}
             if shared:
                 raise InputError(
