@@ -92,6 +92,18 @@ def small(path: Path, tree: object) -> Path:
             r"must be \(128, 64\), got \(128, 1056\)",
         ),
         (lambda s: s.update({"cs.cls.2.bias": torch.full((7,), torch.nan)}), "cs.cls.2.bias: must be finite"),
+        (
+            lambda s: s.update({"cs.cls.2.bias": torch.full((7,), 1e300, dtype=torch.float64)}),
+            "cs.cls.2.bias: must be finite",
+        ),
+        (
+            lambda s: s.update({"cs.cls.2.bias": torch.ones(7, dtype=torch.int64)}),
+            r"cs.cls.2.bias: must be torch.float32, got torch.int64",
+        ),
+        (
+            lambda s: s.update({name: -s[name] for name in s if name.endswith("running_var")}),
+            r"running_var: must be >= 0, got -",
+        ),
         (lambda s: s.update({"cs.cls.2.bias": 3}), "cs.cls.2.bias: must be a tensor, got int"),
         (lambda s: s.update({"rep.att.index": torch.arange(850).flip(0)}), "rep.att.index: must count"),
         (lambda s: [s.pop(name) for name in list(s) if name.startswith("lt.")], "got no lt"),
@@ -117,6 +129,17 @@ def test_another_architecture_is_refused(tmp_path, models, change, pattern):
 def test_other_content_is_refused(tmp_path, tree, pattern):
     with pytest.raises(InputError, match=pattern):
         import_published_checkpoint(small(tmp_path / "file.pth", tree))
+
+
+def test_long_names_are_not_multiplied(tmp_path):
+    """40 kB of file would become 40 MB of names, and the product of both counts at the limit of its size."""
+    module = nn.Module()
+    module._modules["x" * 20_000] = parent = nn.Module()
+    parent._modules.update({f"child{i}": nn.Module() for i in range(2000)})
+    tree = {"rep": module, **{name: nn.Module() for name in ("sp", "lt", "cs", "pg")}}
+    with pytest.raises(InputError, match="must have names of at most 1000 characters") as caught:
+        import_published_checkpoint(small(tmp_path / "file.pth", tree))
+    assert len(str(caught.value)) < 1000
 
 
 def test_modules_that_hold_each_other_end(tmp_path):

@@ -19,6 +19,7 @@ from xrdfast.models.xrdecoupler import SymmetryModel
 PARTS = ("rep", "sp", "lt", "cs", "pg")
 MAX_MODULE_DEPTH = 32
 MAX_MODULES = 4096
+MAX_NAME = 1000  # characters, of a tensor with all modules that it is in
 
 # Places of the thirteen blocks in the published sequence of blocks, pools and dropouts; the linear map is the
 # 31st.
@@ -70,8 +71,13 @@ def import_published_checkpoint(path: str | Path) -> SymmetryModel:
             tensor = tensor.squeeze(2)
         if tensor.shape != own.shape:
             raise InputError(f"{path}: {theirs}: must be {tuple(own.shape)}, got {tuple(tensor.shape)}")
+        if tensor.is_floating_point() != own.is_floating_point():
+            raise InputError(f"{path}: {theirs}: must be {own.dtype}, got {tensor.dtype}")
+        tensor = tensor.to(own.dtype)
         if not tensor.isfinite().all():
-            raise InputError(f"{path}: {theirs}: must be finite, got NaN or infinity")
+            raise InputError(f"{path}: {theirs}: must be finite {own.dtype}, got NaN or infinity")
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            raise InputError(f"{path}: {theirs}: must be >= 0, got {float(tensor.min()):g}")
         state[name] = tensor
     if published:
         raise InputError(
@@ -113,22 +119,27 @@ def _module_tensors(path: str | Path, part: str, module: object) -> dict[str, Te
     """Parameters and buffers of a pickled module, by dotted name."""
     tensors: dict[str, Tensor] = {}
     waiting = [("", module, 0)]
-    n_modules = 0
+    n_modules = 1
     while waiting:
         prefix, module, depth = waiting.pop()
-        n_modules += 1
         field = part + ("." + prefix if prefix else "").rstrip(".")
-        if depth > MAX_MODULE_DEPTH or n_modules > MAX_MODULES:
-            raise InputError(
-                f"{path}: {field[:80]}: must be one of at most {MAX_MODULES} modules, got more, or too deep"
-            )
         if not isinstance(module, InertObject):
             raise InputError(f"{path}: {field}: must be a module, got {type(module).__name__}")
         for kind in ("_parameters", "_buffers", "_modules"):
             entries = module.state.get(kind, {})
             if not isinstance(entries, dict):
                 raise InputError(f"{path}: {field}.{kind}: must be a dict, got {type(entries).__name__}")
+            n_modules += len(entries) if kind == "_modules" else 0
+            if depth > MAX_MODULE_DEPTH or n_modules > MAX_MODULES:
+                raise InputError(
+                    f"{path}: {field[:80]}: must be one of at most {MAX_MODULES} modules, got more, or too deep"
+                )
             for name, entry in entries.items():
+                # Before names are joined: a long one, copied to thousands of children, would fill the memory.
+                if not isinstance(name, str) or len(prefix) + len(name) > MAX_NAME:
+                    raise InputError(
+                        f"{path}: {field[:80]}.{kind}: must have names of at most {MAX_NAME} characters, got another"
+                    )
                 if entry is None:
                     continue
                 if kind == "_modules":
