@@ -26,7 +26,7 @@ from xrdfast.symmetry import TASKS
 from xrdfast.training.balance import Balance, balanced_step
 from xrdfast.training.checkpoint import MODEL_FILE, STATE_FILE, load_model
 from xrdfast.training.config import RunConfig, load_config
-from xrdfast.training.distill import DistillationConfig, Distiller
+from xrdfast.training.distill import DistillationConfig, Distiller, check_teacher
 from xrdfast.training.trainer import CONFIG_FILE, Trainer
 
 pytestmark = pytest.mark.usefixtures("tiny_presets")
@@ -243,3 +243,28 @@ def test_a_teacher_must_know_the_students_tasks(cubic_store: Path, tmp_path: Pat
     config = with_distillation(tiny_config(cubic_store), teacher=str(tmp_path / "teacher"))
     with pytest.raises(InputError, match="tasks: must be those of the student, got no crystal_system"):
         Trainer(config, tmp_path / "student")
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value", "message"),
+    [
+        ("data", "folds_validation", (1,), r"data.folds_validation: must be the student's \[1\], got \[0\]"),
+        ("augment", "profile", "lab", "augment.profile: must be the student's lab, got sticks"),
+    ],
+)
+def test_a_teacher_must_have_seen_the_students_patterns(
+    cubic_store: Path, tmp_path: Path, table: str, key: str, value: Any, message: str
+) -> None:
+    Trainer(tiny_config(cubic_store, epochs=1), tmp_path / "teacher").run()
+    config = with_distillation(tiny_config(cubic_store), teacher=str(tmp_path / "teacher"))
+    config = dataclasses.replace(
+        config, **{table: dataclasses.replace(getattr(config, table), **{key: value})}
+    )
+    with pytest.raises(InputError, match=message):
+        Trainer(config, tmp_path / "student")
+
+
+def test_a_teacher_of_another_wavelength_is_refused(cubic_store: Path, tmp_path: Path) -> None:
+    Trainer(tiny_config(cubic_store, epochs=1), tmp_path / "teacher").run()
+    with pytest.raises(InputError, match=r"wavelength: must be the student's 0\.7, got 1\.54"):
+        check_teacher(str(tmp_path / "teacher"), (0,), "sticks", 0.7)

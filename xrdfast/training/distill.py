@@ -7,12 +7,14 @@ step weighs them (`balance.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from xrdfast.bragg import wavelength_of
 from xrdfast.distillation import DRGLoss, DSRLoss, SelfDistillation, softened_divergence
 from xrdfast.errors import InputError
 from xrdfast.models import PRESETS, SymmetryModel
@@ -155,6 +157,31 @@ class Distiller:
                 for task, rows in logits.items()
             ]
         )
+
+
+def check_teacher(path: str, folds_validation: Sequence[int], profile: str, wavelength: float) -> None:
+    """Sees that a teacher knows the patterns of its student, and not those that judge the student.
+
+    Args:
+        path: run folder or model file.
+        folds_validation, profile, wavelength: of the student's run.
+
+    Raises:
+        InputError: for other validation folds, another profile or wavelength; what the file does not state, passes.
+    """
+    card = checkpoint.load_model_card(path)
+    data, augment = (card.config.get(table, {}) for table in ("data", "augment"))
+    folds = data.get("folds_validation")
+    if folds is not None and set(folds) != set(folds_validation):
+        raise InputError(
+            f"{path}: data.folds_validation: must be the student's {sorted(folds_validation)}, got {sorted(folds)}"
+        )
+    if card.config and augment.get("profile", "sticks") != profile:
+        raise InputError(
+            f"{path}: augment.profile: must be the student's {profile}, got {augment.get('profile', 'sticks')}"
+        )
+    if not math.isclose(wavelength_of(card.wavelength), wavelength, rel_tol=1e-6):
+        raise InputError(f"{path}: wavelength: must be the student's {wavelength}, got {card.wavelength}")
 
 
 def _teacher(path: str, student: SymmetryModel) -> SymmetryModel:

@@ -1,14 +1,16 @@
 """The training loop: batches, balanced steps, averaged weights, validation, checkpoints, log.
 
 A step depends only on the configuration, the data and its number (order, augmentation and dropout are drawn
-from streams seeded by them), so a run that was stopped continues bit for bit on the same machine. Not for
-task weights (`balance.py`), file formats (`checkpoint.py`) or drawing progress bars (the command line).
+from streams seeded by them), so a run that was stopped continues bit for bit on the same machine, with as many
+processes and threads, where epochs and not minutes decide the learning rate. Not for task weights (`balance.py`),
+file formats (`checkpoint.py`) or drawing progress bars (the command line).
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import hashlib
 import math
@@ -33,13 +35,13 @@ from xrdfast.symmetry import N_CLASSES, class_index
 from xrdfast.training import checkpoint
 from xrdfast.training.balance import Balance, balanced_step, logit_offsets
 from xrdfast.training.config import RunConfig, TrainConfig
-from xrdfast.training.distill import Distiller
+from xrdfast.training.distill import Distiller, check_teacher
 from xrdfast.training.processes import Processes, local_device, stop_on_signals
 from xrdfast.training.run_log import ProgressCallback, RunLog, StepWindow
 
 CONFIG_FILE = "config.toml"
 
-# Settings that may change when a run is resumed: they do not touch the numbers it computes.
+# Settings that may change when a run is resumed. Threads decide the order of sums, so last bits; the others nothing.
 _FREE_ON_RESUME = frozenset(
     {"train.checkpoint_minutes", "train.log_steps", "train.tensorboard", "train.threads"}
 )
@@ -109,6 +111,10 @@ class Trainer:
         self.model = build_model(config.model.preset).to(self.device).train()
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
         distills = config.distillation.active
+        if config.distillation.teacher:
+            folds, profile = config.data.folds_validation, config.augment.profile
+            wavelength = self.store.simulation.wavelength
+            check_teacher(config.distillation.teacher, folds, profile, wavelength)
         self.distiller = Distiller(config.distillation, self.model) if distills else None
         self._named_parameters = list(self.model.named_parameters())
         if self.distiller is not None:
@@ -397,6 +403,7 @@ class Trainer:
             "worse_validations": self.worse_validations,
         }
         checkpoint.save_state(self.out_dir / checkpoint.STATE_FILE, tensors, state)
+        _return_freed_memory()
 
     def _open_folder(self, resume: bool) -> None:
         path = self.out_dir / checkpoint.STATE_FILE
@@ -504,6 +511,13 @@ class Trainer:
         if len(self.validation) == 0:
             folds = list(self.config.data.folds_validation)
             raise InputError(f"data.folds_validation: must hold patterns of the stores, got none in {folds}")
+
+
+def _return_freed_memory() -> None:
+    """Gives what is free in the C library's heap back to the system; ragged batches break it up, and it would grow."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def learning_rate_factor(fraction: float, config: TrainConfig) -> float:
