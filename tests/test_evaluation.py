@@ -65,12 +65,13 @@ def counted(scores: Tensor, target: list[int], names: tuple[str, ...]) -> dict[s
     }
     pairs = [(order[0], t) for order, t in zip(ranked, target, strict=True)]
     f1, recall = [], {}
-    for c in sorted(set(target)):
+    for c in sorted(set(target) | {order[0] for order in ranked}):
         hit = sum(a == c == t for a, t in pairs)
         false = sum(a == c != t for a, t in pairs)
         missed = sum(a != c == t for a, t in pairs)
         f1.append(2 * hit / (2 * hit + false + missed))
-        recall[names[c]] = hit / (hit + missed)
+        if c in target:
+            recall[names[c]] = hit / (hit + missed)
     return metrics | {"macro_f1": sum(f1) / len(f1), "recall": recall}
 
 

@@ -40,8 +40,8 @@ def evaluate_predictions(
 
     * "tasks": for each level its "top1", "top2", "top5" (shares of patterns whose class is among the k most
       probable; ties go to the lower class index), "macro_f1" (mean of 2 TP / (2 TP + FP + FN) over the
-      classes that occur in the truth), "recall" (by class name, of these classes), "ece_before" and
-      "ece_after", the expected calibration errors before and after calibration
+      classes that occur in the truth or among the answers), "recall" (by class name, of those in the truth),
+      "ece_before" and "ece_after", the expected calibration errors before and after calibration
       (`expected_calibration_error`), and "reliability", the bins after it (`reliability_bins`). Levels are the
       tasks that have a head and "extinction_group"; the joint posterior has all.
     * "crystal_systems": for each true crystal system its "n_patterns" and the space groups' "top1".
@@ -301,7 +301,8 @@ def _level_metrics(level: str, scores: Tensor, target: Tensor) -> dict[str, Any]
     said = torch.bincount(answer, minlength=n_classes)
     hits = torch.bincount(target[rank == 0], minlength=n_classes)
     present = true.nonzero().flatten()
-    f1 = 2.0 * hits[present].double() / (true + said)[present]
+    counted = (true + said).nonzero().flatten()  # a class that is answered but never occurs counts 0
+    f1 = 2.0 * hits[counted].double() / (true + said)[counted]
     recall = (hits[present].double() / true[present]).tolist()
     names = class_names(level)
     return {f"top{k}": float((rank < k).double().mean()) for k in _TOP} | {
