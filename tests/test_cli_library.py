@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 from pymatgen.core import Lattice, Structure
 
+from xrdfast import retrieval
 from xrdfast.cli import cli
 from xrdfast.models import build_model
 from xrdfast.retrieval import KnownStructures
@@ -79,14 +80,16 @@ def test_predict_joins_both_answers(folder: Path) -> None:
     assert "nearest known" in text
 
 
-def test_the_joined_answer_of_a_scan_has_a_set(folder: Path) -> None:
-    """With the weights that ship; a model of one's own has none."""
+def test_the_joined_answer_of_a_scan_has_a_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the weights that ship and a library as large as that of the calibration; other answers have none."""
     two_theta = np.arange(10.0, 85.0, 0.02)
     places, heights = np.array([line.split() for line in SALT_LINES.splitlines()], dtype=float).T
     counts = 30.0 + 40.0 * (heights * np.exp(-0.5 * ((two_theta[:, None] - places) / 0.05) ** 2)).sum(1)
     scan = folder / "scan.xy"
     np.savetxt(scan, np.c_[two_theta, np.random.default_rng(0).poisson(counts)])
     ask = ("predict", scan, "--wavelength", "CuKa1", "--json", "--library", folder / "known.safetensors")
+    assert json.loads(run(*ask).stdout)["conformal_set"] == []
+    monkeypatch.setattr(retrieval, "POOL_LEAST_KNOWN", 3)
     found = json.loads(run(*ask).stdout)
     assert found["candidates"][0]["space_group_number"] == 225 and 225 in found["conformal_set"]
     assert len(found["conformal_set"]) < 100

@@ -55,6 +55,7 @@ _MARGIN = 0.5  # degrees beyond the axis, from which strain brings lines in
 # group belongs to the set of 95 %. By benchmarks.measured_scans, on even copy groups of exp_rruff.
 POOL_EXPONENTS = ((0.32, -0.22), (0.7, 0.71))
 POOL_THRESHOLD = 0.00241
+POOL_LEAST_KNOWN = 20_000  # structures from which that holds; it was found with 30,888
 N_CANDIDATES = 100  # go on to the fine comparison
 _SCANS_AT_ONCE = 32
 _STRUCTURES_AT_ONCE = 4000
@@ -73,7 +74,7 @@ _STRINGS = ("ids", "formula", "family")
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a comparison says about a structure: log weights, fitted by likelihood once for all libraries.
+    """What a comparison says about a structure: log weights, chosen by likelihood once for all libraries.
 
     A candidate's is linear in its score between `knots`, and falls with how unlikely its fit is. Besides, each
     structure has weights by coarse likeness alone, so that a scan of nothing known is judged by what resembles it.
@@ -86,14 +87,15 @@ class Evidence:
         copies: per unit of the log of how many structures share mineral (or formula) and group.
         computed: of structures of the Materials Project (ids mp-...): relaxed, not measured, and often an ordered
             variant of lower symmetry.
-        likeness, likeness_density, likeness_copies: of the coarse weights, per unit of the coarse cosine below 1, and
-            as above.
+        likeness, likeness_density, likeness_copies: of the coarse weights, per unit of the coarse cosine below 1, per
+            square of the difference in log `spread` and as `copies`.
         likeness_measured, likeness_computed: the coarse weights' own logs for structures of either kind.
         floor: log weight of every group.
 
     Note:
         Fitted by `python -m benchmarks.fit_retrieval` on simulated scans of structures left out of the library and on
-        the measured scans of even copy groups in exp_rruff.
+        the measured scans of even copy groups in exp_rruff; `knots`, `likeness`, `likeness_density` and
+        `likeness_copies` are set by hand.
     """
 
     knots: tuple[float, ...] = (0.0, 0.6, 0.75, 0.85, 0.93)

@@ -108,7 +108,8 @@ def predict(
     telling = [one for one in evidence[:_SHOWN_PEAKS] if one.drop > 0.0]
     if telling:
         peaks = ", ".join(f"{one.two_theta:.2f}° ({one.drop:.2f})" for one in telling)
-        click.echo(f"rests most on the peaks at (fall of ln p without it): {peaks}")
+        whose = "" if library is None else "the model's share in this "
+        click.echo(f"{whose}rests most on the peaks at (fall of ln p without it): {peaks}")
     if library is not None:
         _show_nearest(nearest)
     if plot is not None:
@@ -158,10 +159,11 @@ def _second_opinion(
 ) -> tuple[Prediction, list[dict[str, Any]]]:
     """The model's answer joined with that of known structures, and the nearest of these.
 
-    The set of the joined answer was calibrated with the weights that ship: other models get none.
+    The set of the joined answer was calibrated with the weights that ship and a large library: other models and
+    small libraries, which make the same answer surer than it is, get none.
     """
     from xrdfast.posterior import pool_posteriors
-    from xrdfast.retrieval import POOL_EXPONENTS, POOL_THRESHOLD, KnownStructures
+    from xrdfast.retrieval import POOL_EXPONENTS, POOL_LEAST_KNOWN, POOL_THRESHOLD, KnownStructures
     from xrdfast.symmetry import N_SPACE_GROUPS
 
     known = KnownStructures.load(library)
@@ -169,7 +171,8 @@ def _second_opinion(
     matches = known.match_file(file, **asked, n_best=_SHOWN_NEAREST)
     pooled = pool_posteriors([prediction.space_groups(), matches.space_group], POOL_EXPONENTS)
     note = f"joined with the answer of {len(known)} known structures"
-    threshold = POOL_THRESHOLD if ships and prediction.kind == "scan" else None
+    calibrated = ships and prediction.kind == "scan" and len(known) >= POOL_LEAST_KNOWN
+    threshold = POOL_THRESHOLD if calibrated else None
     joined = prediction.with_posterior(pooled, top, note, threshold)
     return joined, known.describe(matches)[0]
 
