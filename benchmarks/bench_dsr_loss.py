@@ -85,7 +85,8 @@ def test_one_head(benchmark, row, threads, device: str, rival: str) -> None:
         rival
     ]
     row(
-        f"dsr_loss forward + backward, {N_PATTERNS} × 230, float32, {device}{', 2 cores' if device == 'cpu' else ''}",
+        f"dsr_loss forward + backward against {rival}, {N_PATTERNS} × 230, float32, {device}"
+        f"{', 2 cores' if device == 'cpu' else ''}",
         f"{pair.ratio:.1f} × {rival} ({pair.ours * 1e6:.0f} against {pair.rival * 1e6:.0f} µs)",
         f"≥ {bar} ×" if bar else "reported",
         bar is None or pair.ratio >= bar,

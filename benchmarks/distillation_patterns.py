@@ -23,6 +23,7 @@ from xrdfast.training.config import load_config
 from xrdfast.training.distill import OBJECTIVES
 from xrdfast.training.trainer import Trainer
 
+EPOCHS = 4
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "sticks-small.toml"
 VARIANTS: dict[str, dict[str, bool]] = {
     "baseline": {},
@@ -100,7 +101,7 @@ def main() -> None:
         "-o", "--output", type=Path, required=True, help="JSON of all runs; continued where it exists"
     )
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs in work")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--balances", nargs="+", choices=METHODS, default=["sum", "mgda"])
@@ -109,6 +110,7 @@ def main() -> None:
     runs = json.loads(given.output.read_text()) if given.output.exists() else {}
     for seed, balance, variant in itertools.product(range(given.seeds), given.balances, given.variants):
         name = variant if given.objective == "tasks" else f"{variant}, {given.objective} objective"
+        name += "" if given.epochs == EPOCHS else f", {given.epochs} epochs"
         key = f"{balance}/{name}/{seed}"
         if key in runs:
             continue

@@ -189,7 +189,11 @@ def read(path: Path, device: torch.device) -> dict[str, Tensor]:
 
 
 def table(runs: dict[str, dict[str, Any]]) -> str:
-    """Means over seeds, and the paired difference from the baseline with its standard error."""
+    """Means over seeds, and the paired difference from the baseline with its standard error.
+
+    Args:
+        runs: of one recipe, by "variant/seed/recipe".
+    """
     lines = ["| variant | seeds | top-1 | top-5 | top-1 above the baseline |", "|---|---|---|---|---|"]
     by_variant = {
         variant: {key.split("/")[1]: run for key, run in runs.items() if key.split("/")[0] == variant}
@@ -226,15 +230,16 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = read(arguments.images, device)
     runs = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    own = f"{device.type}-{arguments.epochs or recipe(device, arguments.long)[1]}"  # runs of another are no pairs
     for seed in range(arguments.seeds):
         for variant in arguments.variants:
-            key = f"{variant}/{seed}" + ("/long" if arguments.long else "")
+            key = f"{variant}/{seed}/{own}"
             if key in runs:
                 continue
             runs[key] = train(data, variant, seed, device, long=arguments.long, epochs=arguments.epochs)
             arguments.output.write_text(json.dumps(runs, indent=1) + "\n")
             print(f"{key}: top-1 {runs[key]['top1']:.2f}, {runs[key]['seconds']:.0f} s", flush=True)
-    print(table(runs))
+    print(table({key: run for key, run in runs.items() if key.endswith(f"/{own}")}))
 
 
 if __name__ == "__main__":
