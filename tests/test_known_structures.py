@@ -17,7 +17,7 @@ from xrdfast.data.generate import (
     generate_store,
     strained_reciprocal_metric,
 )
-from xrdfast.data.profiles import PROFILES, typical_profiles
+from xrdfast.data.profiles import ProfileConfig, draw_profiles
 from xrdfast.data.store import PatternStore
 from xrdfast.data.structures import PackedStructures, analyse_symmetry, from_arrays
 from xrdfast.errors import InputError
@@ -61,7 +61,19 @@ def scans_of(store: PatternStore, rows: list[int], strain: float, seed: int = 0)
     metric = strained_reciprocal_metric(
         families.lattice, families.rotation_offset, families.rotations, strains
     )
-    profile = typical_profiles(n, PROFILES["lab"])._replace(counts=torch.zeros(n, dtype=torch.float64))
+    none = torch.zeros(n, dtype=torch.float64)
+    usual = ProfileConfig(
+        fwhm=(0.09, 0.09), crystallite_size=(1000.0, 1000.0), microstrain=(5e-4, 5e-4), doublet_share=1.0
+    )
+    profile = draw_profiles(n, usual, generator)._replace(
+        counts=none,
+        march_r=none + 1.0,
+        zero_shift=none,
+        sample_displacement=none,
+        two_theta_first=none,
+        two_theta_last=none + 180.0,
+        impurity_count=none,
+    )
     columns = families.offset, families.hkl, families.multiplicity, families.f_squared, metric
     rendered = render_patterns(
         *columns,

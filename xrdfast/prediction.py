@@ -226,7 +226,7 @@ class SymmetryPredictor:
     def store_logits(
         self, store: PatternStore, rows: Tensor, progress: Callable[[int, int], None] | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Logits and labels of patterns of a store, rendered without augmentation.
+        """Logits and labels of patterns of a store: sticks as they are, scans as training draws them, once for all.
 
         Args:
             store: simulated at the model's wavelength.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
 from xrdfast.data import profiles
-from xrdfast.data.profiles import PROFILES, ProfileConfig, draw_profiles, typical_profiles
+from xrdfast.data.profiles import PROFILES, ProfileConfig, draw_profiles
 from xrdfast.ops.line_profile import ProfileParameters
 from xrdfast.ops.render_patterns import _check_profile
 
@@ -48,14 +46,3 @@ def test_draws_lie_in_their_ranges(name: str) -> None:
     assert float((drawn.second_ratio > 0.0).double().mean()) == pytest.approx(config.doublet_share, abs=0.05)
     behind_graphite = [0.7995] if config.monochromator_share else []
     assert torch.unique(drawn.polarisation).tolist() == pytest.approx([*behind_graphite, 1.0], abs=1e-3)
-
-
-def test_the_typical_measurement() -> None:
-    config = dataclasses.replace(ProfileConfig(), counts=(100.0, 10_000.0))
-    typical = typical_profiles(3, config)
-    _check_profile(typical.table(), 5.0, 90.0)
-    assert typical.counts.tolist() == pytest.approx([1000.0] * 3)
-    assert typical.march_r.tolist() == [1.0] * 3
-    assert typical.second_ratio.tolist() == [0.5] * 3
-    assert typical.impurity_count.tolist() == [0.0] * 3
-    assert bool((typical.table() == typical.table()[0]).all())

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +21,11 @@ from torch import Generator, Tensor
 
 from xrdfast.bragg import Grid
 from xrdfast.data.folds import assign_folds
-from xrdfast.data.profiles import PROFILES, draw_profiles, typical_profiles
+from xrdfast.data.profiles import PROFILES, draw_profiles
 from xrdfast.data.store import PatternStore, SimulationConfig, StoreWriter
 from xrdfast.data.structures import PackedStructures, Rejected
 from xrdfast.errors import InputError
+from xrdfast.ops.line_profile import ProfileParameters
 from xrdfast.ops.render import render_sticks
 from xrdfast.ops.render_patterns import render_patterns
 from xrdfast.ops.simulate import STATUS_REASONS, simulate_families
@@ -112,9 +114,8 @@ class PatternSource:
     """Renders batches of patterns from a store.
 
     With a generator each pattern gets a lattice strain that keeps its symmetry, an overall B and, unless patterns are
-    sticks, a measurement and counting noise of its own. Without one the metric is only made exactly symmetric; sticks
-    have B = 0, measured patterns the middle of every range (`typical_profiles`, B = b_max / 2) and noise that depends
-    on nothing but the row of the store.
+    sticks, a measurement and counting noise of its own. Without one, sticks have B = 0 and a metric that is only made
+    exactly symmetric; a pattern as measured gets the same, but drawn once and for all by its row of the store.
 
     Args:
         store: where the families come from.
@@ -157,7 +158,7 @@ class PatternSource:
         Args:
             indices: (n_patterns,) int64 rows of the store.
             generator: source of strains, B and measurements, in this order, so that one seed gives one batch;
-                None renders without augmentation.
+                None: what validation and evaluation see, the same in every batch.
 
         Returns:
             intensity (n_patterns, n_points) float32, maximum 100, on the device; space_group_number (n_patterns,)
@@ -165,35 +166,60 @@ class PatternSource:
         """
         families = self.store.gather(indices)
         n_patterns, sticks = len(families), self.augment.profile == "sticks"
-        if generator is None:
-            strain = None
-            b_overall = torch.full(
-                (n_patterns,), 0.0 if sticks else 0.5 * self.augment.b_max, dtype=torch.float64
-            )
+        if generator is not None:
+            drawn = self._draw(n_patterns, generator)
+            pattern_id, seed = torch.arange(n_patterns), 0
+            if not sticks:
+                seed = int(torch.randint(2**62, (), generator=generator))
+        elif sticks:
+            drawn = _Drawn(None, torch.zeros(n_patterns, dtype=torch.float64), None)
         else:
-            strain = draw_strain(n_patterns, self.augment.strain, generator)
-            b_overall = self.augment.b_max * torch.rand(n_patterns, generator=generator, dtype=torch.float64)
+            own = [self._draw(1, Generator().manual_seed(row)) for row in indices.tolist()]
+            own = own or [self._draw(0, Generator())]
+            drawn = _Drawn(
+                torch.cat([one.strain for one in own]),
+                torch.cat([one.b_overall for one in own]),
+                ProfileParameters(*map(torch.cat, zip(*(one.profile for one in own), strict=True))),
+            )
+            pattern_id, seed = indices.long(), 0
         metric = strained_reciprocal_metric(
-            families.lattice, families.rotation_offset, families.rotations, strain
+            families.lattice, families.rotation_offset, families.rotations, drawn.strain
         )
-        rows = families.offset, families.hkl, families.multiplicity, families.f_squared, metric, b_overall
+        rows = (
+            families.offset,
+            families.hkl,
+            families.multiplicity,
+            families.f_squared,
+            metric,
+            drawn.b_overall,
+        )
         rows = [self._moved(tensor) for tensor in rows]
         axis = {"wavelength": self.store.simulation.wavelength, "grid": self.grid}
         if sticks:
             return render_sticks(*rows, **axis), families.space_group_number
-        config = PROFILES[self.augment.profile]
-        if generator is None:
-            profile, pattern_id, seed = typical_profiles(n_patterns, config), indices.long(), 0
-        else:
-            profile, pattern_id = draw_profiles(n_patterns, config, generator), torch.arange(n_patterns)
-            seed = int(torch.randint(2**62, (), generator=generator))
         turns = [self._moved(tensor) for tensor in (families.rotation_offset, families.rotations)]
-        profile = type(profile)(*map(self._moved, profile))
+        profile = ProfileParameters(*map(self._moved, drawn.profile))
         rendered = render_patterns(*rows, *turns, profile, self._moved(pattern_id), seed=seed, **axis)
         return rendered.intensity, families.space_group_number
 
+    def _draw(self, n_patterns: int, generator: Generator) -> _Drawn:
+        augment = self.augment
+        strain = draw_strain(n_patterns, augment.strain, generator)
+        b_overall = augment.b_max * torch.rand(n_patterns, generator=generator, dtype=torch.float64)
+        sticks = augment.profile == "sticks"
+        profile = None if sticks else draw_profiles(n_patterns, PROFILES[augment.profile], generator)
+        return _Drawn(strain, b_overall, profile)
+
     def _moved(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
+
+
+class _Drawn(NamedTuple):
+    """What a batch was drawn, a row a pattern."""
+
+    strain: Tensor | None  # (n_patterns, 3, 3)
+    b_overall: Tensor  # (n_patterns,)
+    profile: ProfileParameters | None
 
 
 def draw_strain(n_patterns: int, sigma: float, generator: Generator) -> Tensor:

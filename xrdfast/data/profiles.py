@@ -117,24 +117,6 @@ def draw_profiles(n: int, config: ProfileConfig, generator: Generator) -> Profil
     return _profiles(n, config, lambda: next(draws))
 
 
-def typical_profiles(n: int, config: ProfileConfig) -> ProfileParameters:
-    """The middle of every range, n times: what models are evaluated on.
-
-    The whole range is measured, the sample has neither texture nor foreign lines, and what a share decides is so where
-    the share is more than a half.
-    """
-    half = torch.full((n,), 0.5, dtype=torch.float64)
-    none = torch.zeros(n, dtype=torch.float64)
-    return _profiles(n, config, lambda: half)._replace(
-        march_r=torch.ones_like(half),
-        zero_shift=none,
-        sample_displacement=none,
-        two_theta_first=none,
-        two_theta_last=torch.full_like(half, 180.0),
-        impurity_count=none,
-    )
-
-
 _DRAWS = 28  # uniform numbers that `_profiles` takes; a test counts them
 
 

@@ -297,25 +297,25 @@ class Trainer:
             generator = torch.Generator().manual_seed(_seed(self.config.train.seed, "recalibration", 0, 0))
             order = torch.randperm(len(self.training), generator=generator)
             sample = self.training[order[:_RECALIBRATION_PATTERNS]]
-            recalibrate_batch_norm(self.averaged, self._clean_batches(sample))
+            recalibrate_batch_norm(self.averaged, self._fixed_batches(sample))
             self._write(
                 "recalibration", patterns=len(sample), note="batch-norm statistics taken anew for validation"
             )
         return self._averaged_logits()
 
     def _averaged_logits(self) -> dict[str, Tensor]:
-        """Logits of every task over the validation patterns: averaged weights, no augmentation."""
+        """Logits of every task over the validation patterns, with averaged weights."""
         share = self._processes.share_of(self.validation)
         pieces = []
         with torch.inference_mode(), self._autocast():
-            for intensity in self._clean_batches(share):
+            for intensity in self._fixed_batches(share):
                 logits = self.averaged(intensity)._asdict()
                 pieces.append(torch.cat([logits[task].float() for task in self.averaged.tasks], dim=1))
         joined = self._processes.join(torch.cat(pieces), len(self.validation)).cpu()
         widths = [N_CLASSES[task] for task in self.averaged.tasks]
         return dict(zip(self.averaged.tasks, joined.split(widths, dim=1), strict=True))
 
-    def _clean_batches(self, indices: Tensor) -> Iterator[Tensor]:
+    def _fixed_batches(self, indices: Tensor) -> Iterator[Tensor]:
         for batch in indices.split(_EVALUATION_BATCH):
             yield self._moved(self.source.batch(batch)[0])
 
