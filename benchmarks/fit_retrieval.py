@@ -13,72 +13,49 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.measured_scans import DATA, rruff
 from xrdfast.bragg import KA1_WAVELENGTH, Grid
-from xrdfast.data.generate import draw_strain, strained_reciprocal_metric
+from xrdfast.data.generate import AugmentConfig
+from xrdfast.data.mixtures import count_scans, peaks_alone
 from xrdfast.data.profiles import PROFILES, draw_profiles
 from xrdfast.data.store import PatternStore
 from xrdfast.data.whole_scans import preprocess_whole_scans
-from xrdfast.ops.render_patterns import render_patterns
 from xrdfast.retrieval import GRID, SMOOTH_WIDTH, Evidence, KnownStructures
 
-N_SCANS, UNKNOWN_SHARE, STRAIN, F_SIGMA = 1600, 0.45, 0.006, 0.5
+N_SCANS, UNKNOWN_SHARE, F_SIGMA = 1600, 0.45, 0.5
+AUGMENT = AugmentConfig(strain=0.006, b_max=2.0, profile="lab")
 RIDGE = 1e-4
 FITTED = ("slopes", "strain", "distortion", "density", "copies", "computed")
 FITTED += ("likeness_measured", "likeness_computed", "floor")
 AT_ONCE = 50
 
 
-def simulated_scans(store: PatternStore, rows: Tensor, seed: int) -> list[tuple[Tensor, Tensor]]:
+def simulated_scans(
+    store: PatternStore, rows: Tensor, seed: int
+) -> tuple[Sequence[NDArray], Sequence[NDArray]]:
     """Angles and counts of laboratory scans, background and noise and all."""
     generator = torch.Generator().manual_seed(seed)
-    families, n = store.gather(rows), len(rows)
-    spread = torch.randn(len(families.f_squared), generator=generator)
-    strain = draw_strain(n, STRAIN, generator)
-    metric = strained_reciprocal_metric(
-        families.lattice, families.rotation_offset, families.rotations, strain
-    )
-    b_overall = 2.0 * torch.rand(n, generator=generator, dtype=torch.float64)
-    profile = draw_profiles(n, PROFILES["lab"], generator)
-    clean = render_patterns(
-        families.offset,
-        families.hkl,
-        families.multiplicity,
-        families.f_squared * torch.exp(F_SIGMA * spread),
-        metric,
-        b_overall,
-        families.rotation_offset,
-        families.rotations,
-        profile._replace(counts=torch.zeros_like(profile.counts)),
-        torch.arange(n),
-        seed=seed,
-        wavelength=KA1_WAVELENGTH,
-        grid=Grid(),
-    ).intensity
-    two_theta = torch.from_numpy(Grid().two_theta())
-    x = torch.linspace(-1.0, 1.0, len(two_theta), dtype=torch.float64)
-    p = type(profile)(*(column[:, None] for column in profile))
-    level = p.background_0 + x * p.background_1 + (2 * x**2 - 1) * p.background_2
-    level = level + (4 * x**3 - 3 * x) * p.background_3
-    hump = p.hump_height * torch.exp2(-(((two_theta - p.hump_center) / (0.5 * p.hump_fwhm)) ** 2))
-    rate = p.counts * (clean / 100.0 + (level + hump).clamp(min=0.0))
-    counts = torch.poisson(rate.float(), generator=generator)
-    inside = (two_theta >= p.two_theta_first) & (two_theta < p.two_theta_last)
-    return [(two_theta[keep], row[keep]) for keep, row in zip(inside, counts, strict=True)]
+    families = store.gather(rows)
+    spread = torch.exp(F_SIGMA * torch.randn(len(families.f_squared), generator=generator))
+    families = dataclasses.replace(families, f_squared=families.f_squared * spread)
+    profile = draw_profiles(len(rows), PROFILES["lab"], generator)
+    peaks = peaks_alone(families, profile, AUGMENT, Grid(), KA1_WAVELENGTH, generator)
+    return count_scans(peaks.double(), profile, Grid(), generator)
 
 
-def prepared(scans: list[tuple[Tensor, Tensor]], wavelength: float) -> tuple[Tensor, Tensor]:
+def prepared(scans: tuple[Sequence[NDArray], Sequence[NDArray]], wavelength: float) -> tuple[Tensor, Tensor]:
     """What `KnownStructures.match` makes of scans."""
     return preprocess_whole_scans(
-        [angles.numpy() for angles, _ in scans],
-        [counts.numpy() for _, counts in scans],
-        [wavelength] * len(scans),
+        *scans,
+        [wavelength] * len(scans[0]),
         grid=GRID,
         model_wavelength=KA1_WAVELENGTH,
         smooth_width=SMOOTH_WIDTH,
@@ -139,10 +116,7 @@ def main() -> None:
     pieces = []
     for begin in range(0, len(even), AT_ONCE):
         some = even[begin : begin + AT_ONCE]
-        scans = [
-            (torch.from_numpy(measured.two_theta[i]), torch.from_numpy(measured.intensity[i]).float())
-            for i in some
-        ]
+        scans = [measured.two_theta[i] for i in some], [measured.intensity[i] for i in some]
         pieces.append(compared(known, *prepared(scans, measured.wavelength[0]), None))
     real = tuple(torch.cat(x, dim=2 if x[0].ndim == 4 else 0) for x in zip(*pieces, strict=True))
     _, group = measured.copy_group[even].unique(return_inverse=True)

@@ -1,23 +1,24 @@
 """How well a model of whole scans knows what it cannot answer: amorphous halos and mixtures of two phases.
 
-    python -m benchmarks.honesty --model RUN STORE ... [--folds 0] [--patterns 2000] [--seed 0] [--fit] [--json FILE]
+    python -m benchmarks.honesty --model RUN STORE ... [--folds 0] [--patterns 2912] [--seed 0] [--json FILE]
 
-Draws scans of one phase from the stores as training does, mixes pairs (10 to 50 % of the area from the second phase),
-and simulates amorphous halos, counted and preprocessed as measured scans are. Prints the area under the ROC curve
-(AUROC) of both scores, and of what they are made of. `--fit` prints weights for `xrdfast.suspicion`.
+Simulates scans of one phase, of two (10 to 50 % of the area from the second), and of amorphous halos, counted and then
+preprocessed as measured scans are (`xrdfast.data.mixtures`). Prints the area under the ROC curve (AUROC) of both
+scores, and of what they are made of.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from xrdfast.data.generate import PatternSource
+from xrdfast.data.mixtures import draw_one_and_two
 from xrdfast.data.store import PatternStore
 from xrdfast.posterior import joint_posterior
 from xrdfast.prediction import SymmetryPredictor
@@ -39,20 +40,6 @@ def auroc(positive: Tensor, negative: Tensor) -> float:
     return float((low + high).double().mean() / (2 * len(negative)))
 
 
-def single_phases(
-    source: PatternSource, rows: Tensor, generator: torch.Generator
-) -> Tensor:  # (n_patterns, n_points)
-    """Scans as training draws them."""
-    return torch.cat([source.batch(batch, generator)[0] for batch in rows.split(BATCH)])
-
-
-def mixtures(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
-    """Sums of two patterns, `share` (n_patterns,) of the area from the second, the highest point 100."""
-    area = [pattern / pattern.sum(dim=1, keepdim=True) for pattern in (first, second)]
-    total = (1.0 - share[:, None]) * area[0] + share[:, None] * area[1]
-    return 100.0 * total / total.amax(dim=1, keepdim=True)
-
-
 def halos(predictor: SymmetryPredictor, n: int, rng: np.random.Generator) -> Tensor:
     """Amorphous scans: one to three humps 3 to 12 degrees wide on a falling background, counted, then preprocessed."""
     two_theta = predictor.grid.two_theta()
@@ -72,54 +59,41 @@ def judge(predictor: SymmetryPredictor, patterns: Tensor) -> dict[str, Tensor]:
     """Both scores and what they are made of."""
     pieces = []
     for batch in patterns.split(BATCH):
-        logits = predictor.logits(batch)
+        logits, encoded = predictor.outputs(batch)
         posterior = joint_posterior(logits, predictor.calibration)
         whole = torch.ones(len(batch), dtype=torch.bool)
-        unusual, several = doubts(logits, posterior, predictor.calibration, batch, whole)
+        unusual, several = doubts(logits, encoded, posterior, predictor.calibration, batch, whole)
         unlike = disagreement(logits, posterior, predictor.calibration)
-        features = phase_features(posterior, batch)
         pieces.append(
             {
                 "out_of_distribution": torch.tensor(unusual),
-                "several_phases": torch.tensor(several),
+                "several_phases": torch.tensor([math.nan if score is None else score for score in several]),
                 "disagreement of heads": torch.zeros(len(batch)) if unlike is None else unlike,
                 "crest": crest(batch),
                 "active share": active_share(batch),
-                "entropy": features[:, 1],
-                "features": features,
+                "entropy": phase_features(encoded, posterior, batch)[:, 1],
             }
         )
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
-def fit(single: Tensor, mixed: Tensor) -> Tensor:
-    """Weights of a logistic regression, singles against mixtures, by Newton's method."""
-    x = torch.cat([single, mixed]).double()
-    y = torch.cat([torch.zeros(len(single)), torch.ones(len(mixed))]).double()
-    weights = torch.zeros(x.shape[1], dtype=torch.float64)
-    for _ in range(50):
-        p = torch.sigmoid(x @ weights)
-        curvature = (x * (p * (1.0 - p))[:, None]).T @ x + 1e-6 * torch.eye(x.shape[1], dtype=torch.float64)
-        weights = weights - torch.linalg.solve(curvature, x.T @ (p - y))
-    return weights
-
-
 def measure(
     predictor: SymmetryPredictor, store: PatternStore, folds: set[int], n: int, seed: int
-) -> tuple[dict[str, object], Tensor]:
-    """The table, and weights fitted on these patterns."""
+) -> dict[str, object]:
+    """The table."""
     generator = torch.Generator().manual_seed(seed)
     rows = store.select(folds)
     rows = rows[torch.randperm(len(rows), generator=generator)[:n]]
-    source = PatternSource(store, predictor.grid, predictor.augment)
-    first = single_phases(source, rows, generator)
-    second = single_phases(source, rows[torch.randperm(len(rows), generator=generator)], generator)
-    share = 0.1 + 0.4 * torch.rand(len(rows), generator=generator)
-    single = judge(predictor, first)
-    mixed = judge(predictor, mixtures(first, second, share))
+    one, two, shares = [], [], []
+    for scans in draw_one_and_two(store, rows, predictor.augment, predictor.grid, generator):
+        one.append(judge(predictor, scans.one))
+        two.append(judge(predictor, scans.two))
+        shares.append(scans.share)
+    single, mixed = ({name: torch.cat([x[name] for x in some]) for name in some[0]} for some in (one, two))
+    share = torch.cat(shares)
     amorphous = judge(predictor, halos(predictor, len(rows), np.random.default_rng(seed)))
     table: dict[str, object] = {
-        "patterns": len(rows),
+        "patterns": len(share),
         "halos": auroc(amorphous["out_of_distribution"], single["out_of_distribution"]),
         "mixtures": auroc(mixed["several_phases"], single["several_phases"]),
     }
@@ -133,7 +107,7 @@ def measure(
         table[f"{name} alone, mixtures"] = auroc(mixed[name], single[name])
     table["crest of 99 % of single phases"] = float(single["crest"].quantile(0.99))
     table["crest of 99 % of halos"] = float(amorphous["crest"].quantile(0.01))
-    return table, fit(single["features"], mixed["features"])
+    return table
 
 
 def main() -> None:
@@ -143,9 +117,8 @@ def main() -> None:
     parser.add_argument("stores", nargs="+", type=Path)
     parser.add_argument("--model", required=True, type=Path)
     parser.add_argument("--folds", default="0", help="of held-out structures, with commas between")
-    parser.add_argument("--patterns", default=2000, type=int)
+    parser.add_argument("--patterns", default=2912, type=int)
     parser.add_argument("--seed", default=0, type=int)
-    parser.add_argument("--fit", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     predictor = SymmetryPredictor.load(options.model)
@@ -153,12 +126,10 @@ def main() -> None:
         parser.error(f"{options.model}: must be a model of whole scans, got one of sticks")
     folds = {int(text) for text in options.folds.split(",")}
     store = PatternStore.open(options.stores)
-    table, weights = measure(predictor, store, folds, options.patterns, options.seed)
+    table = measure(predictor, store, folds, options.patterns, options.seed)
     for name, value in table.items():
         bar = f"   bar {BARS[name]}" if name in BARS else ""
         print(f"{name:34} {value if isinstance(value, int) else format(value, '.3f')}{bar}")
-    if options.fit:
-        print("SEVERAL_WEIGHTS =", tuple(round(value, 3) for value in weights.tolist()))
     if options.json:
         options.json.write_text(json.dumps(table, indent=2) + "\n")
 

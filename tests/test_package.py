@@ -53,6 +53,7 @@ ARROWS = {
         "bragg",
         "evaluation",
         "posterior",
+        "suspicion",  # whose weights belong to a model, as its calibration does
         "distillation",
         "errors",
     },

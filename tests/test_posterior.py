@@ -292,7 +292,10 @@ GOOD = {"temperatures": {"space_group": 1.0}, "exponents": {"space_group": 1.0}}
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, r"content must hold exactly temperatures, exponents, and perhaps conformal, got \[\]"),
+        (
+            {},
+            r"content must hold exactly temperatures, exponents, and perhaps conformal, several_phases, got \[\]",
+        ),
         ([1], "content must hold exactly temperatures, exponents, .* got list"),
         (GOOD | {"more": 1}, "got .*'more'"),
         (GOOD | {"exponents": 3}, "exponents must map tasks to numbers, got 3"),

@@ -216,6 +216,34 @@ def convert_two_theta(two_theta: ArrayLike, wavelength: float, new_wavelength: f
     return two_theta_of(d_spacing_of(two_theta, wavelength), new_wavelength)
 
 
+def convert_lines(
+    two_theta: NDArray[np.float64],  # (n_lines,)
+    intensity: NDArray[np.float64],  # (n_lines,)
+    wavelength: float,
+    new_wavelength: float,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Lines as another wavelength shows them, with its Lorentz-polarisation factor (no monochromator).
+
+    Args:
+        two_theta: degrees, > 0.
+        intensity: any scale.
+        wavelength, new_wavelength: Angstrom.
+
+    Returns:
+        Angles and intensities; NaN where the reflection does not exist there.
+    """
+    if wavelength == new_wavelength:
+        return two_theta, intensity
+    moved = convert_two_theta(two_theta, wavelength, new_wavelength)
+
+    def factor(angle: NDArray[np.float64]) -> NDArray[np.float64]:
+        theta = np.radians(angle / 2.0)
+        return (1.0 + np.cos(2.0 * theta) ** 2) / (np.sin(theta) ** 2 * np.cos(theta))
+
+    with np.errstate(invalid="ignore"):
+        return moved, intensity * factor(moved) / factor(two_theta)
+
+
 @dataclass(frozen=True)
 class Grid:
     """A 2theta axis, half-open: point k stands for two_theta_min + k * two_theta_step, degrees.

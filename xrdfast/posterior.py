@@ -20,6 +20,7 @@ from xrdfast.symmetry import N_CLASSES, N_SPACE_GROUPS, TASKS, class_index
 # Bounds of every fitted number, so that a handful of separable patterns cannot drive one to infinity.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 MAX_EXPONENT = 20.0
+_LARGEST_WEIGHT = 1e6
 COVERAGE = 0.95  # of the sets of space groups
 POOL_LEVELS = ("space_group", "crystal_system")  # of an answer that is pooled, each with its exponent
 _SPREAD = 0.01  # of an answer that is pooled with others, evenly over the groups
@@ -36,6 +37,8 @@ class Calibration:
             overall scale is the sharpness of the joint posterior.
         threshold: 0..1, from which probability a space group belongs to the set that holds the true one in 95 % of
             patterns (`conformal_threshold`); None in calibrations older than that.
+        several_phases: weights of `xrdfast.suspicion.phase_features` in the suspicion of several phases, for models of
+            whole scans; None where none were fitted.
 
     Raises:
         ValueError: for unknown or differing tasks, or numbers outside these ranges.
@@ -48,6 +51,7 @@ class Calibration:
     temperatures: Mapping[str, float]
     exponents: Mapping[str, float]
     threshold: float | None = None
+    several_phases: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         tasks = set(self.temperatures)
@@ -60,12 +64,17 @@ class Calibration:
         _check_numbers("exponents", self.exponents, 0.0, MAX_EXPONENT)
         if self.threshold is not None:
             _check_numbers("conformal", {"threshold": self.threshold}, 0.0, 1.0)
+        if self.several_phases is not None:
+            weights = dict(enumerate(self.several_phases))
+            _check_numbers("several_phases", weights, -_LARGEST_WEIGHT, _LARGEST_WEIGHT)
 
-    def to_dict(self) -> dict[str, dict[str, float]]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain dict that `from_dict` takes and JSON carries."""
         content = {"temperatures": dict(self.temperatures), "exponents": dict(self.exponents)}
         if self.threshold is not None:
             content["conformal"] = {"coverage": COVERAGE, "threshold": self.threshold}
+        if self.several_phases is not None:
+            content["several_phases"] = list(self.several_phases)
         return content
 
     @classmethod
@@ -76,16 +85,22 @@ class Calibration:
             ValueError: for another layout, unknown tasks or numbers out of range.
         """
         fields = ("temperatures", "exponents")
-        if not isinstance(content, Mapping) or set(content) - {"conformal"} != set(fields):
+        more = {"conformal", "several_phases"}
+        if not isinstance(content, Mapping) or set(content) - more != set(fields):
             got = sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
             raise ValueError(
-                f"Calibration: content must hold exactly {', '.join(fields)}, and perhaps conformal, got {got}"
+                f"Calibration: content must hold exactly {', '.join(fields)}, and perhaps {', '.join(sorted(more))}, "
+                f"got {got}"
             )
         for name in fields:
             if not isinstance(content[name], Mapping):
                 raise ValueError(f"Calibration: {name} must map tasks to numbers, got {content[name]!r}")
+        several = content.get("several_phases")
+        if several is not None and not isinstance(several, list):
+            raise ValueError(f"Calibration: several_phases must be a list of numbers, got {several!r}")
+        several = None if several is None else tuple(several)
         if "conformal" not in content:  # of a run before there were sets
-            return cls(content["temperatures"], content["exponents"])
+            return cls(content["temperatures"], content["exponents"], None, several)
         conformal = content["conformal"]
         wanted = {"coverage", "threshold"}
         if (
@@ -97,7 +112,7 @@ class Calibration:
                 f"Calibration: conformal must hold coverage {COVERAGE} and a threshold, got {conformal!r}"
             )
         _check_numbers("conformal", {"threshold": conformal["threshold"]}, 0.0, 1.0)
-        return cls(content["temperatures"], content["exponents"], conformal["threshold"])
+        return cls(content["temperatures"], content["exponents"], conformal["threshold"], several)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from xrdfast.bragg import (
     KA1_WAVELENGTH,
     Grid,
+    convert_lines,
     convert_two_theta,
     doublet_anode,
     radiation_of,
@@ -33,13 +34,13 @@ from xrdfast.data.profiles import PROFILES
 from xrdfast.data.scans import read
 from xrdfast.data.store import PatternStore
 from xrdfast.data.structures import PackedStructures, analyse_symmetry, load_structures
-from xrdfast.data.whole_scans import preprocess_whole_scans
+from xrdfast.data.whole_scans import MODEL_SMOOTH_WIDTH, preprocess_whole_scans
 from xrdfast.errors import InputError, shown_path
 from xrdfast.lines import simulate_structure_lines
 from xrdfast.models import SymmetryModel, pretrained_path
 from xrdfast.ops.render import sticks_to_grid
 from xrdfast.posterior import Calibration, JointPosterior, joint_posterior
-from xrdfast.suspicion import doubts
+from xrdfast.suspicion import check_phase_weights, doubts
 from xrdfast.symmetry import SYMBOLS, class_index, class_names
 
 KINDS = ("auto", "sticks", "scan")
@@ -52,7 +53,6 @@ SUPERCLASSES = (
     "point_group",
     "extinction_group",
 )
-SMOOTH_WIDTH = 0.08  # degrees, of whole scans: better than none on simulated noise and on measured scans
 _BATCH = 128
 _PEAK_FWHM, _PEAK_REACH = 0.1, 1.0  # degrees, of the peaks that lines get for a model of scans
 
@@ -169,6 +169,7 @@ class SymmetryPredictor:
         folds_held_out: tuple[int, ...] = (),
         augment: AugmentConfig | None = None,
     ) -> None:
+        check_phase_weights(calibration, model.encoder.n_features)
         self.model = model
         self.grid = grid or Grid()
         self.wavelength = wavelength
@@ -196,18 +197,17 @@ class SymmetryPredictor:
         from xrdfast.training.checkpoint import load_model, load_model_card
 
         path = pretrained_path() if path is None else path
-        card = load_model_card(path)
+        card, model = load_model_card(path), load_model(path, device)
         try:
-            grid = Grid(**card.grid)
             calibration = Calibration.from_dict(card.calibration) if card.calibration else None
             wavelength = wavelength_of(card.wavelength)
             folds = tuple(card.config.get("data", {}).get("folds_validation", ()))
             augment = AugmentConfig(**card.config.get("augment", {}))
             if augment.profile not in ("sticks", *PROFILES):
                 raise ValueError(f"a profile of {', '.join(PROFILES)} or sticks, not {augment.profile!r}")
+            return cls(model, Grid(**card.grid), wavelength, calibration, folds, augment)
         except (AttributeError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: card: must describe the model's axis, got {error}") from error
-        return cls(load_model(path, device), grid, wavelength, calibration, folds, augment)
+            raise InputError(f"{path}: card: must describe the model and its axis, got {error}") from error
 
     def posterior(self, intensity: Tensor) -> JointPosterior:
         """Probabilities of patterns on the model's grid.
@@ -219,9 +219,16 @@ class SymmetryPredictor:
 
     def logits(self, intensity: Tensor) -> dict[str, Tensor]:
         """Logits on the CPU, by task, of patterns as `posterior` takes them."""
+        return self.outputs(intensity)[0]
+
+    def outputs(self, intensity: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """As `logits`, and the encoder's features (n_patterns, n_features) that they come from."""
         with torch.inference_mode():
-            logits = self.model(intensity.to(self.device))._asdict()
-        return {task: rows.float().cpu() for task, rows in logits.items() if rows is not None}
+            features = self.model.encode(intensity.to(self.device))
+            logits = self.model.classify(features)._asdict()
+        return {
+            task: rows.float().cpu() for task, rows in logits.items() if rows is not None
+        }, features.float().cpu()
 
     def store_logits(
         self, store: PatternStore, rows: Tensor, progress: Callable[[int, int], None] | None = None
@@ -396,7 +403,7 @@ class SymmetryPredictor:
             wavelength,
             grid=self.grid,
             model_wavelength=self.wavelength,
-            smooth_width=SMOOTH_WIDTH,
+            smooth_width=MODEL_SMOOTH_WIDTH,
         )[0]
 
     def prepare_lines(self, patterns: Sequence[Pattern]) -> Tensor:
@@ -468,11 +475,8 @@ class SymmetryPredictor:
             keep = ~second_satellites(two_theta, intensity, wavelength, radiations()[f"{anode}Ka2"])
             notes.append(f"{anode} K-alpha doublet: {int((~keep).sum())} K-alpha 2 satellites left out")
             two_theta, intensity = two_theta[keep], intensity[keep]
-        moved = two_theta
+        moved, intensity = convert_lines(two_theta, intensity, wavelength, self.wavelength)
         if wavelength != self.wavelength:
-            moved = convert_two_theta(two_theta, wavelength, self.wavelength)
-            with np.errstate(invalid="ignore"):  # NaN: beyond what the model's wavelength reaches
-                intensity = intensity * _lorentz_polarisation(moved) / _lorentz_polarisation(two_theta)
             notes.append(f"mapped from {wavelength:.5f} to {self.wavelength:.5f} Angstrom through d-spacings")
         low, high = self.grid.two_theta_min, self.grid.two_theta_max
         inside = (moved >= low) & (moved < high)
@@ -502,10 +506,10 @@ class SymmetryPredictor:
         intensity = self.prepare_lines([pattern]) if given is None else given
         seen = None if given is None else given[0].numpy()
         pattern = dataclasses.replace(pattern, on_grid=seen, wavelength=self.wavelength)
-        logits = self.logits(intensity)
+        logits, features = self.outputs(intensity)
         posterior = joint_posterior(logits, self.calibration)
         whole = torch.tensor([given is not None])
-        unlike, several = doubts(logits, posterior, self.calibration, intensity, whole)
+        unlike, several = doubts(logits, features, posterior, self.calibration, intensity, whole)
         if self.calibration is None:
             notes = [*notes, "the model is not calibrated: read its probabilities as a ranking"]
         return Prediction(
@@ -563,12 +567,6 @@ def _with_peak_shape(sticks: Tensor, grid: Grid) -> Tensor:
     shape = 0.5 * torch.exp2(-u.square()) + 0.5 / (1.0 + u.square())
     peaks = F.conv1d(sticks[:, None], shape.float()[None, None], padding=reach)[:, 0]
     return peaks * (100.0 / peaks.amax(dim=1, keepdim=True).clamp_min(1e-30))
-
-
-def _lorentz_polarisation(two_theta: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(1 + cos^2 2theta) / (sin^2 theta cos theta), no monochromator."""
-    theta = np.radians(two_theta / 2.0)
-    return (1.0 + np.cos(2.0 * theta) ** 2) / (np.sin(theta) ** 2 * np.cos(theta))
 
 
 def _ranked_candidates(posterior: JointPosterior, n_candidates: int) -> tuple[Candidate, ...]:

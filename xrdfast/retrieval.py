@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xrdfast.bragg import KA1_WAVELENGTH, convert_two_theta, scan_wavelengths
+from xrdfast.bragg import KA1_WAVELENGTH, convert_lines, scan_wavelengths
 from xrdfast.data.files import load_checked, save_checked
 from xrdfast.data.known_bins import (
     ANGLE_WEIGHT,
@@ -43,7 +43,6 @@ from xrdfast.data.scans import read
 from xrdfast.data.store import PatternStore
 from xrdfast.data.whole_scans import preprocess_whole_scans
 from xrdfast.errors import InputError
-from xrdfast.ops.reflections import lorentz_polarisation
 from xrdfast.ops.render import check_offsets, sticks_to_grid
 from xrdfast.ops.retrieval import match_structures
 from xrdfast.symmetry import N_SPACE_GROUPS
@@ -327,15 +326,11 @@ class KnownStructures:
         if kind == "scan" or (kind == "auto" and is_scan(measured.two_theta)):
             return self.match([measured.two_theta], [measured.intensity], [first], n_best=n_best)
         two_theta, intensity = measured.two_theta, np.asarray(measured.intensity, dtype=np.float64)
-        moved = convert_two_theta(two_theta, first, KA1_WAVELENGTH)
+        moved, heights = convert_lines(two_theta, intensity, first, KA1_WAVELENGTH)
         there = np.isfinite(moved)
-        factors = [
-            lorentz_polarisation(torch.from_numpy(np.sin(np.radians(0.5 * angle[there])) ** 2))
-            for angle in (moved, two_theta)
-        ]
-        heights = torch.from_numpy(intensity[there]) * factors[0] / factors[1]
         offset = torch.tensor([0, int(there.sum())])
-        return self.match_lines(offset, torch.from_numpy(moved[there]), heights, n_best=n_best)
+        lines = torch.from_numpy(moved[there]), torch.from_numpy(heights[there])
+        return self.match_lines(offset, *lines, n_best=n_best)
 
     def describe(self, matches: Matches) -> list[list[dict[str, Any]]]:
         """For each scan its nearest structures, best first: id, formula, name, group, and how they fit."""

@@ -18,14 +18,14 @@ _TINY = 1e-30  # no share that counts, and a logarithm
 _PATCH = 10  # points, as the encoder's
 # Of simulated laboratory scans 99 % have crests below the first, of amorphous halos 99 % above the second.
 _CREST_CRYSTAL, _CREST_HALO = 0.21, 0.24
-# Constant, and weights of entropy, ln active share and ln crest: logistic regression on 2,000 simulated laboratory
-# scans of one phase against as many mixtures of two, folds 1 and 2 of inorganic_mp and amcsd, with `small` after 10
-# epochs and no calibration (`benchmarks.honesty --fit`). On fold 0, seen by neither, the AUROC is 0.82.
-SEVERAL_WEIGHTS = (-3.321, 0.574, 1.271, -1.253)
+N_OWN_FEATURES = 4  # of `phase_features`, before those of the encoder
+_RIDGE = 100.0  # patterns' worth of doubt in every weight of a standardised feature; 10 to 1,000 do as well
+_NEWTON_STEPS = 8
 
 
 def doubts(
     logits: Mapping[str, Tensor],
+    features: Tensor,  # (n_patterns, n_features)
     posterior: JointPosterior,
     calibration: Calibration | None,
     intensity: Tensor,  # (n_patterns, n_points)
@@ -34,19 +34,24 @@ def doubts(
     """How unlike the training's patterns are, and the suspicion of several phases, 0..1 each; None where not known.
 
     Unlike: 1 - (1 - disagreement of the heads) (1 - halo), where a model of one head has no first part and lines, of
-    which no halo is known, no second.
+    which no halo is known, no second. Several phases: a logistic function of `phase_features`, of whole scans, for
+    models whose calibration holds its weights.
 
     Args:
         logits, posterior, calibration: as of `joint_posterior`.
+        features: of the encoder.
         intensity: as the model saw them, the highest point 100.
         is_whole: whether a pattern is a whole scan, not lines.
     """
     unlike = disagreement(logits, posterior, calibration)
     known = is_whole if unlike is None else torch.ones_like(is_whole)
     heads = torch.zeros(len(is_whole)) if unlike is None else unlike
-    high = crest(intensity)
-    total = 1.0 - (1.0 - heads) * (1.0 - _halo(high) * is_whole)
-    return _where(known, total), _where(is_whole, _several(_features(posterior, intensity, high)))
+    total = 1.0 - (1.0 - heads) * (1.0 - halo(crest(intensity)) * is_whole)
+    several = torch.zeros(len(is_whole))
+    if fitted := calibration is not None and calibration.several_phases is not None:
+        weights = torch.tensor(calibration.several_phases)
+        several = torch.sigmoid(phase_features(features, posterior, intensity) @ weights)
+    return _where(known, total), _where(is_whole & fitted, several)
 
 
 def _where(known: Tensor, score: Tensor) -> list[float | None]:
@@ -80,50 +85,68 @@ def disagreement(
     return (total / (len(logits) * math.log(2.0))).clamp(0.0, 1.0)
 
 
-def halo(intensity: Tensor) -> Tensor:
+def halo(high: Tensor) -> Tensor:
     """Likeness of whole scans to an amorphous halo, (n_patterns,) in 0..1: a logistic function of ln `crest`.
 
     Near 0 for the sharp peaks of crystals, near 1 for what is left of a halo or of noise, and 1 for nothing.
     """
-    return _halo(crest(intensity))
-
-
-def _halo(high: Tensor) -> Tensor:
-    """Of crests."""
     low, top = math.log(_CREST_CRYSTAL), math.log(_CREST_HALO)
     steep = 2.0 * math.log(19.0) / (top - low)  # 5 % and 95 % at the two
     score = torch.sigmoid(steep * (high.clamp_min(1e-6).log() - 0.5 * (low + top)))
     return torch.where(high > 0.0, score, 1.0)
 
 
-def several_phases(posterior: JointPosterior, intensity: Tensor) -> Tensor:
-    """Suspicion of more than one phase in whole scans, (n_patterns,) in 0..1.
+def phase_features(features: Tensor, posterior: JointPosterior, intensity: Tensor) -> Tensor:
+    """What speaks for more than one phase, (n_patterns, N_OWN_FEATURES + n_features).
 
-    A mixture leaves a model unsure, fills more of the axis than one phase does, and most of what it adds is weak: a
-    logistic function of the posterior's entropy, the active share and the crest. Half of the patterns that its weights
-    were fitted on were mixtures, so 0.5 is far from an even chance where few are.
-
-    Args:
-        posterior: of the patterns.
-        intensity: (n_patterns, n_points) as the model saw them.
+    A mixture leaves a model unsure, fills more of the axis than one phase does, and most of what it adds is weak: 1,
+    the entropy of the space groups in nats, ln of the active share, ln of the crest. Then the encoder's features, which
+    see more than that.
     """
-    return _several(phase_features(posterior, intensity))
-
-
-def _several(features: Tensor) -> Tensor:
-    return torch.sigmoid(features @ torch.tensor(SEVERAL_WEIGHTS)).float()
-
-
-def phase_features(posterior: JointPosterior, intensity: Tensor) -> Tensor:
-    """(n_patterns, 4): 1, the entropy of the space groups in nats, ln of the active share, ln of the crest."""
-    return _features(posterior, intensity, crest(intensity))
-
-
-def _features(posterior: JointPosterior, intensity: Tensor, high: Tensor) -> Tensor:
     share = posterior.space_group.float()
     entropy = -(share * share.clamp_min(_TINY).log()).sum(dim=1)
-    active = active_share(intensity).clamp_min(1e-6)
-    return torch.stack([torch.ones_like(entropy), entropy, active.log(), high.clamp_min(1e-6).log()], dim=1)
+    active, high = active_share(intensity).clamp_min(1e-6), crest(intensity).clamp_min(1e-6)
+    own = torch.stack([torch.ones_like(entropy), entropy, active.log(), high.log()], dim=1)
+    return torch.cat([own, features], dim=1)
+
+
+def fit_several_phases(one: Tensor, two: Tensor) -> tuple[float, ...]:
+    """Weights of `phase_features` that tell scans of two phases from those of one, by logistic regression.
+
+    Half of the patterns are mixtures, so 0.5 of the score is far from an even chance where few are.
+
+    Args:
+        one, two: (n, N_OWN_FEATURES + n_features) of scans of one phase and of two, equally many.
+
+    Note:
+        Newton's method with a ridge on the weights of standardised features. Deterministic.
+    """
+    x = torch.cat([one, two]).double()[:, 1:]
+    y = torch.cat([torch.zeros(len(one)), torch.ones(len(two))]).double()
+    mean, deviation = x.mean(dim=0), x.std(dim=0).clamp_min(1e-6)
+    x = torch.cat([torch.ones(len(x), 1, dtype=x.dtype), (x - mean) / deviation], dim=1)
+    ridge = torch.full((x.shape[1],), _RIDGE, dtype=x.dtype)
+    ridge[0] = 1e-6
+    weights = torch.zeros_like(ridge)
+    for _ in range(_NEWTON_STEPS):
+        p = torch.sigmoid(x @ weights)
+        curvature = (x * (p * (1.0 - p))[:, None]).T @ x + ridge.diag()
+        weights = weights - torch.linalg.solve(curvature, x.T @ (p - y) + ridge * weights)
+    slopes = weights[1:] / deviation
+    fitted = torch.cat([weights[:1] - slopes @ mean, slopes])
+    return tuple(float(f"{weight:.6g}") for weight in fitted.tolist())
+
+
+def check_phase_weights(calibration: Calibration | None, n_features: int) -> None:
+    """Sees that a calibration is of a model with that many features.
+
+    Raises:
+        ValueError: for another number of weights.
+    """
+    weights = calibration.several_phases if calibration is not None else None
+    if weights is not None and len(weights) != N_OWN_FEATURES + n_features:
+        wanted = N_OWN_FEATURES + n_features
+        raise ValueError(f"Calibration: several_phases must be {wanted} weights, got {len(weights)}")
 
 
 def crest(intensity: Tensor) -> Tensor:

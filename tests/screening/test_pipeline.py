@@ -33,6 +33,7 @@ from xrdfast.screening.packed import pack
 from xrdfast.screening.pipeline import Screener, rank_of_environment
 from xrdfast.screening.results import SCHEMA, write_table
 from xrdfast.screening.sources import Chunk
+from xrdfast.suspicion import N_OWN_FEATURES
 from xrdfast.symmetry import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +42,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def predictor() -> SymmetryPredictor:
     torch.manual_seed(0)
-    calibration = Calibration(dict.fromkeys(TASKS, 1.5), dict.fromkeys(TASKS, 0.8))
+    several = (0.0,) * N_OWN_FEATURES + (0.01,) * 768
+    calibration = Calibration(dict.fromkeys(TASKS, 1.5), dict.fromkeys(TASKS, 0.8), several_phases=several)
     return SymmetryPredictor(build_model("small").eval(), calibration=calibration)
 
 

@@ -227,8 +227,7 @@ class Screener:
             ready, intensity, refused = self._on_axis(scans)
             failures += refused
             if ready:
-                logits = self.predictor.logits(intensity)
-                answers = self._rows(ready, intensity, logits)
+                answers = self._rows(ready, intensity, *self.predictor.outputs(intensity))
                 seconds = (time.perf_counter() - start) / len(ready)
                 rows += [row | {"seconds": row["seconds"] + seconds} for row in answers]
         return rows, failures
@@ -294,7 +293,11 @@ class Screener:
         return found.hexdigest()
 
     def _rows(
-        self, scans: Sequence[tuple[Prepared, list[str]]], intensity: Tensor, logits: dict[str, Tensor]
+        self,
+        scans: Sequence[tuple[Prepared, list[str]]],
+        intensity: Tensor,
+        logits: dict[str, Tensor],
+        features: Tensor,
     ) -> list[dict[str, Any]]:
         calibration = self.predictor.calibration
         posterior = joint_posterior(logits, calibration)
@@ -309,7 +312,8 @@ class Screener:
             names = class_names(level)
             levels[level] = [names[i] for i in at.tolist()], best.tolist()
         is_whole = [self.predictor.reads_scans and scan.kind == "scan" for scan, _ in scans]
-        unlike, several = doubts(logits, posterior, calibration, intensity, torch.tensor(is_whole))
+        known = torch.tensor(is_whole)
+        unlike, several = doubts(logits, features, posterior, calibration, intensity, known)
         rows = []
         for i, (scan, notes) in enumerate(scans):
             row: dict[str, Any] = {name: getattr(scan, name) for name in _COPIED}
