@@ -1,5 +1,4 @@
-// peak_norm.cu: CUDA kernels of norm, residual, activation and pool over lists of rows. The convolutions themselves are
-// library matrix products there.
+// peak_norm.cu: CUDA kernels of norm, residual, activation and pool over lists of rows.
 //
 // Bound by memory: the forward reads h once for the statistics and once for the result (and the residual), the backward
 // reads h, residual and the result's gradient once and dL/dz twice. No atomics: sums are written part by part and joined
@@ -159,7 +158,8 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// Block (part, channels): sums over the part's rows of dL/dz and of dL/dz times the normalised h.
+// Block (part, channels): sums over the part's rows of dL/dz and of dL/dz times the normalised h. A row that counts for
+// no sample is not left out (peak_norm.cpp says why).
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     part_gradients(PeakNormParams<T> p, PeakNormScratch<T> scratch, PeakNormGrads<T> grads) {
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kThreads)
     const Channel<T> channel(p, inside ? c : 0);
     T plain = T(0), scaled = T(0);
     for (int64_t r = begin + threadIdx.x / kLanes; r < end; r += kWarps) {
-        if (!inside || weight_of(p, r) == T(0)) continue;
+        if (!inside) continue;
         const int64_t at = r * p.n_channels + c;
         plain += grads.grad_residual[at];
         scaled += grads.grad_residual[at] * ((p.h[at] - channel.mean) * channel.rstd);
@@ -206,10 +206,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) input_gradients(PeakNormPar
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < n; i += stride) {
         const int64_t r = i / p.n_channels, c = i - r * p.n_channels;
         const Channel<T> channel(p, c);
-        const T weight = weight_of(p, r);
         const T normed = (p.h[i] - channel.mean) * channel.rstd;
-        const T common = weight * inverse * (grads.grad_beta[c] + normed * grads.grad_gamma[c]);
-        grads.grad_h[i] = weight == T(0) ? T(0) : channel.scale * (grads.grad_residual[i] - common);
+        const T common = weight_of(p, r) * inverse * (grads.grad_beta[c] + normed * grads.grad_gamma[c]);
+        grads.grad_h[i] = channel.scale * (grads.grad_residual[i] - common);
     }
 }
 

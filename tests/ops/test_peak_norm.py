@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from tests.ops.gpu_runs import on_a_gpu
 from tests.ops.row_lists import EPS, all_of_norm, norm_call, norm_case, rng
+from xrdfast import _native
 from xrdfast.ops import peak_norm as norm_ops
 from xrdfast.ops.peak_norm import peak_norm
 from xrdfast.ops.peak_plan import plan_rows
+
+
+@pytest.fixture
+def kernels(backend: str, request: pytest.FixtureRequest) -> tuple[Callable, Callable]:
+    """Forward and backward of one backend, from and to the CPU."""
+    if backend == "cpu":
+        return norm_ops._norm_cpu, norm_ops._norm_backward_cpu
+    on_device = norm_ops._norm_on_device, norm_ops._norm_backward_on_device
+    if backend == "emu":
+        module = request.getfixturevalue("emulated")
+        return tuple(functools.partial(function, module) for function in on_device)
+
+    def there(function: Callable) -> Callable:
+        def call(*given: object) -> list[Tensor]:
+            moved = [x.cuda() if isinstance(x, Tensor) else x for x in given]
+            return on_a_gpu(lambda: function(_native.cuda(), *moved))
+
+        return call
+
+    return tuple(map(there, on_device))
+
 
 CASES = [
     (pool, packed, batch, residual)
@@ -33,7 +58,7 @@ def test_norm_equals_the_reference(n_channels: int, pool, packed: bool, batch: b
 
 
 @pytest.mark.parametrize("pool", [None, "max", "mean"])
-def test_blank_rows_where_every_pattern_has_its_own_pass_gradients(pool) -> None:
+def test_blank_rows_where_every_pattern_has_its_own_pass_gradients(kernels, pool) -> None:
     """They stand for no sample, but for the inputs of the blank rows beside them."""
     intensity = torch.zeros(2, 300, dtype=torch.float64)
     intensity[:, 150] = 1.0
@@ -45,7 +70,7 @@ def test_blank_rows_where_every_pattern_has_its_own_pass_gradients(pool) -> None
     h, gamma, beta = tensors[0], tensors[1][0], tensors[2][0]
     arguments = norm_call(stage, [h, gamma, beta, h.flip(0)], pool, True, True)
     want = all_of_norm(norm_ops.peak_norm_reference, norm_ops.peak_norm_backward_reference, arguments)
-    got = all_of_norm(norm_ops._norm_cpu, norm_ops._norm_backward_cpu, arguments)
+    got = all_of_norm(*kernels, arguments)
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
     assert float(got[3][covered].abs().max()) > 0
