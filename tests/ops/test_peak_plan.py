@@ -99,6 +99,31 @@ def test_device_code_in_any_order_of_threads(emulated, order: str, monkeypatch: 
     assert_equal_plans(got, want, intensity)
 
 
+def test_defaults_of_torch_change_nothing(emulated) -> None:
+    """The host reads and writes lists by address, of one dtype: they must not follow the default device or dtype."""
+    intensity = sticks(7, 200)
+    want = plan_rows_reference(intensity != 0, PADDINGS, 3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            plans = [
+                plan_rows(intensity, PADDINGS, packed_stages=3),
+                peak_plan._packed_on_device(emulated, intensity, PADDINGS, lengths_of(200), 3, None),
+            ]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for got in plans:
+        assert_equal_plans(got, want, intensity)
+
+
+def test_eight_stages_are_packed_at_most() -> None:
+    """On every backend what the device code has room for."""
+    intensity = torch.zeros(40, 1024)
+    intensity[3, 500] = 1.0
+    stages = plan_rows(intensity, [0] * 9, packed_stages=9).stages
+    assert [stage.count is not None for stage in stages] == [True] * 8 + [False]
+
+
 @pytest.mark.parametrize(("n_patterns", "length"), SHAPES[1:])
 @pytest.mark.parametrize("blank", [True, False])
 def test_room_is_filled_up_with_nothing(plan, n_patterns: int, length: int, blank: bool) -> None:

@@ -216,6 +216,18 @@ def test_strided_offsets_are_checked_as_they_are_read() -> None:
         simulate_lines(dataclasses.replace(structures, offset=spread))
 
 
+@pytest.mark.parametrize("simulate_it", [simulate_lines, simulate_families])
+def test_the_default_device_changes_nothing(simulate_it) -> None:
+    structures = random_structures(3, seed=9)
+    want = simulate_it(structures, dispersion=True)
+    for table in (simulate._form_factor_tensor, simulate._dispersion_tensor):
+        table.cache_clear()
+    with torch.device("meta"):
+        got = simulate_it(structures, dispersion=True)
+    for a, b in zip(want, got, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("n_threads", [1, 2, 3])
 def test_thread_count_changes_nothing(n_threads: int) -> None:
     structures = random_structures(20, seed=4)

@@ -88,7 +88,7 @@ def plan_rows(
     Args:
         intensity: any float dtype; on a GPU float32 or float64, others are dense.
         paddings: for each stage, the padding of its pool at either end, 0 or 1.
-        packed_stages: most stages that may be packed.
+        packed_stages: most stages that may be packed; more than 8 never are.
         room: rows of the first stages, which are packed whatever comes; None: as many as are counted.
 
     Returns:
@@ -120,7 +120,7 @@ def plan_rows(
     captures = on_device and room is None and torch.cuda.is_current_stream_capturing()
     if captures or intensity.requires_grad or intensity.numel() == 0:
         packed_stages = 0
-    packed_stages = min(packed_stages, len(paddings))
+    packed_stages = min(packed_stages, len(paddings), _MAX_ROOM)
     intensity = intensity.detach()
     plan = None
     if packed_stages:
@@ -169,12 +169,12 @@ def _packed_on_cpu(
     n_patterns, length = intensity.shape
     room = n_patterns * length
     # Far more than is used; what is not written to is never mapped.
-    n_rows = torch.zeros(packed_stages, dtype=torch.int64)
-    point, position = torch.empty((2, room), dtype=torch.int64)
-    count = torch.empty((packed_stages, room))
-    halo = torch.empty((packed_stages, room), dtype=torch.int32)
-    pairs = torch.empty((packed_stages, 2 * room), dtype=torch.int32)
-    padding = torch.tensor(list(paddings))
+    n_rows = intensity.new_zeros(packed_stages, dtype=torch.int64)
+    point, position = intensity.new_empty((2, room), dtype=torch.int64)
+    count = intensity.new_empty((packed_stages, room), dtype=torch.float32)
+    halo = intensity.new_empty((packed_stages, room), dtype=torch.int32)
+    pairs = intensity.new_empty((packed_stages, 2 * room), dtype=torch.int32)
+    padding = torch.tensor(list(paddings), device="cpu")
     getattr(module, f"peak_plan_{_NATIVE_DTYPES[intensity.dtype]}")(
         intensity.data_ptr(),
         padding.data_ptr(),
@@ -221,7 +221,7 @@ def _packed_on_device(
     felt, computed = intensity.new_empty((2, sum(n_dense[:packed_stages])), dtype=torch.uint8)
     first_row = intensity.new_empty((packed_stages, n_patterns + 1), dtype=torch.int64)
     n_rows, blank = (intensity.new_empty(n, dtype=torch.int64) for n in (packed_stages, n_patterns + 1))
-    padding = torch.tensor(list(paddings[:packed_stages]))  # read by the host
+    padding = torch.tensor(list(paddings[:packed_stages]), device="cpu")  # read by the host
     scratch = [x.data_ptr() for x in (felt, computed, first_row, n_rows, blank)]
 
     def call(step: str, n_stages: int, *pointers: int) -> None:
@@ -250,7 +250,7 @@ def _packed_on_device(
     pairs = new((2 * sum(taken),), *fill[0], dtype=torch.int32)
     row_at = intensity.new_empty(sum(n_dense[:n_stages]), dtype=torch.int32)
     overflow = intensity.new_empty((), dtype=torch.bool)
-    sizes = torch.tensor([*rows, n_dense[n_stages]])  # read by the host
+    sizes = torch.tensor([*rows, n_dense[n_stages]], device="cpu")  # read by the host
     lists = (sizes, overflow, point, position, count, halo, pairs, row_at)
     call("list", n_stages, *(x.data_ptr() for x in lists))
     parts = zip(count.split(rows), halo.split(rows), pairs.split([2 * n for n in taken]), strict=True)

@@ -198,7 +198,7 @@ def _limit(op: str, argument: str, two_theta: float, wavelength: float) -> float
 @functools.lru_cache(maxsize=8)
 def _form_factor_tensor(name: str) -> tuple[Tensor, bool]:
     table = scattering.form_factor_table(name)
-    columns = [torch.as_tensor(x, dtype=torch.float64) for x in (table.a, table.b, table.c)]
+    columns = [torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in (table.a, table.b, table.c)]
     return torch.cat([columns[0], columns[1], columns[2][:, None]], dim=1).contiguous(), bool(
         table.mott_bethe
     )
@@ -206,10 +206,10 @@ def _form_factor_tensor(name: str) -> tuple[Tensor, bool]:
 
 @functools.lru_cache(maxsize=8)
 def _dispersion_tensor(wavelength: float) -> Tensor:
-    f_prime, f_double_prime = scattering.dispersion_table(wavelength)
-    return (
-        torch.stack([torch.as_tensor(f_prime), torch.as_tensor(f_double_prime)], dim=1).double().contiguous()
-    )
+    columns = [
+        torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in scattering.dispersion_table(wavelength)
+    ]
+    return torch.stack(columns, dim=1)
 
 
 def _arguments(
@@ -349,11 +349,10 @@ def _lines_cpu(*arguments):
     n_threads = torch.get_num_threads()
     found = module.simulate_lines(*addresses, n_threads)
     n = found.n_rows
-    offset = torch.empty_like(held[0])
-    two_theta = torch.empty(n, dtype=torch.float64)
-    intensity, d_spacing = torch.empty_like(two_theta), torch.empty_like(two_theta)
-    hkl = torch.empty(n, 3, dtype=torch.int16)
-    status = torch.empty(held[1].shape[0], dtype=torch.int32)
+    offset, lattice = torch.empty_like(held[0]), held[1]
+    two_theta, intensity, d_spacing = (lattice.new_empty(n) for _ in range(3))
+    hkl = lattice.new_empty((n, 3), dtype=torch.int16)
+    status = lattice.new_empty(len(lattice), dtype=torch.int32)
     found.write(
         offset.data_ptr(),
         two_theta.data_ptr(),
@@ -383,10 +382,10 @@ def _families_cpu(*arguments):
         n_threads,
     )
     n = found.n_rows
-    offset = torch.empty_like(held[0])
-    hkl, multiplicity = torch.empty(n, 3, dtype=torch.int16), torch.empty(n, dtype=torch.int16)
-    f_squared = torch.empty(n, dtype=torch.float32)
-    status = torch.empty(held[1].shape[0], dtype=torch.int32)
+    offset, lattice = torch.empty_like(held[0]), held[1]
+    hkl, multiplicity = lattice.new_empty((n, 3), dtype=torch.int16), lattice.new_empty(n, dtype=torch.int16)
+    f_squared = lattice.new_empty(n, dtype=torch.float32)
+    status = lattice.new_empty(len(lattice), dtype=torch.int32)
     found.write(
         offset.data_ptr(),
         hkl.data_ptr(),
