@@ -122,14 +122,14 @@ def test_convolution_equals_the_reference(
     )
     x, w = x[:, ::2], w.permute(2, 1, 0)
     single = [t.to(dtype) for t in (x, w, g)]
-    want = [conv_ops.peak_conv_reference(x, w, shift), conv_ops.peak_conv_weight_reference(x, g, abs(shift))]
+    want = [conv_ops.peak_conv_reference(x, w, shift), conv_ops.peak_conv_weight_reference(x, g, shift)]
     plain = [
         conv_ops.peak_conv_reference(single[0], single[1], shift),
-        conv_ops.peak_conv_weight_reference(single[0], single[2], abs(shift)),
+        conv_ops.peak_conv_weight_reference(single[0], single[2], shift),
     ]
     got = [
         kernels.conv(single[0], single[1], shift),
-        kernels.conv_weight(single[0], single[2], abs(shift)),
+        kernels.conv_weight(single[0], single[2], shift),
     ]
     epsilon = torch.finfo(dtype).eps
     for mine, usual, exact in zip(got, plain, want, strict=True):
@@ -217,7 +217,9 @@ def test_gradcheck(pool) -> None:
     assert torch.autograd.gradcheck(normed, (h, gamma, beta, residual))
     x = torch.randn(9, 2, generator=rng(5), dtype=torch.float64).requires_grad_()
     w = torch.randn(3, 2, 4, generator=rng(6), dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, w: peak_conv(x, w, 2), (x, w))
+    for shift in (2, -2):
+        assert torch.autograd.gradcheck(lambda x, w, s=shift: peak_conv(x, w, s), (x, w))
+        assert torch.autograd.gradgradcheck(lambda x, w, s=shift: peak_conv(x, w, s), (x, w))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -225,9 +227,8 @@ def test_opcheck(dtype) -> None:
     x = torch.randn(30, 4, dtype=dtype).requires_grad_()
     w = torch.randn(3, 4, 5, dtype=dtype).requires_grad_()
     torch.library.opcheck(torch.ops.xrdfast.peak_conv, (x, w, 1))
-    torch.library.opcheck(
-        torch.ops.xrdfast.peak_conv_weight, (x.detach(), torch.randn(30, 5, dtype=dtype), 1)
-    )
+    g = torch.randn(30, 5, dtype=dtype).requires_grad_()
+    torch.library.opcheck(torch.ops.xrdfast.peak_conv_weight, (x, g, 1))
     for pool, packed in ((None, True), ("max", True), ("mean", False)):
         stage, tensors = norm_case(7, 3, pool, packed, dtype)
         arguments = norm_call(stage, [t.requires_grad_() for t in tensors], pool, True, True)

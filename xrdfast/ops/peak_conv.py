@@ -168,14 +168,14 @@ def peak_conv_reference(x: Tensor, weight: Tensor, shift: int) -> Tensor:
 
 def peak_conv_weight_reference(x: Tensor, grad_out: Tensor, shift: int) -> Tensor:
     """Gradient of the taps, (3, in_channels, out_channels): sums over rows of x[r + (k - 1) shift] grad_out[r]."""
-    kept = max(len(x) - shift, 0)
+    kept = max(len(x) - abs(shift), 0)
     # As (out, in) products: the memory order of the parameters that these are gradients of.
     taps = [
         grad_out[len(x) - kept :].T @ x[:kept],
         grad_out.T @ x,
         grad_out[:kept].T @ x[len(x) - kept :],
     ]
-    return torch.stack(taps).mT
+    return torch.stack(taps if shift >= 0 else taps[::-1]).mT
 
 
 def _conv_fake(x: Tensor, weight: Tensor, shift: int) -> Tensor:
@@ -206,6 +206,17 @@ def _conv_backward(ctx, grad_out):
     if ctx.needs_input_grad[1]:
         grad_weight = torch.ops.xrdfast.peak_conv_weight(x, grad_out, ctx.shift)
     return grad_x, grad_weight, None
+
+
+def _conv_weight_setup(ctx, inputs, output) -> None:
+    x, grad_out, ctx.shift = inputs
+    ctx.save_for_backward(x, grad_out)
+
+
+def _conv_weight_backward(ctx, grad):
+    x, grad_out = ctx.saved_tensors
+    grad_x = torch.ops.xrdfast.peak_conv(grad_out, grad.mT, -ctx.shift)
+    return grad_x, torch.ops.xrdfast.peak_conv(x, grad, ctx.shift), None
 
 
 def _native_for(dtype: torch.dtype) -> ModuleType | None:
@@ -461,7 +472,7 @@ def _winograd_conv_weight(module: ModuleType, x: Tensor, grad_out: Tensor, shift
     getattr(module, f"winograd_weight_backward_{kind}")(
         grad_u.data_ptr(), grad.data_ptr(), n_in * n_out, torch.get_num_threads()
     )
-    return grad.mT
+    return (grad if shift > 0 else grad.flip(0)).mT
 
 
 LIBRARY.impl("peak_conv", _conv_cpu, "CPU")
@@ -474,3 +485,6 @@ torch.library.register_fake("xrdfast::peak_conv", _conv_fake)
 torch.library.register_fake("xrdfast::peak_conv_weight", _conv_weight_fake)
 torch.library.register_fake("xrdfast::peak_stage", _stage_fake)
 torch.library.register_autograd("xrdfast::peak_conv", _conv_backward, setup_context=_conv_setup)
+torch.library.register_autograd(
+    "xrdfast::peak_conv_weight", _conv_weight_backward, setup_context=_conv_weight_setup
+)
