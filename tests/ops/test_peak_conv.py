@@ -25,7 +25,7 @@ from tests.ops.row_lists import (
 from xrdfast import _native
 from xrdfast.ops import peak_conv as conv_ops
 from xrdfast.ops import peak_norm as norm_ops
-from xrdfast.ops.peak_conv import peak_conv
+from xrdfast.ops.peak_conv import peak_conv, peak_stage
 from xrdfast.ops.peak_norm import peak_norm
 from xrdfast.ops.peak_plan import plan_rows
 
@@ -264,6 +264,27 @@ def test_autocast_casts_the_convolution_as_products() -> None:
         out = peak_conv(x, w, 1)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), peak_conv(x, w, 1), rtol=0.05, atol=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (
+            peak_conv(x.double(), w.double(), 1).dtype == (x.double() @ w[1].double()).dtype == torch.float64
+        )
+
+
+def test_autocast_changes_nothing_in_a_whole_stage() -> None:
+    """Wide ones go operator by operator, one dtype all through."""
+    given = stage_case(8, 150)
+    want = peak_stage(*given, pool="max")
+    with torch.autocast("cpu", torch.bfloat16):
+        got = peak_stage(*given, pool="max")
+    assert torch.equal(got, want)
+
+
+def stage_case(n_in: int, width: int) -> tuple:
+    """Arguments of `peak_stage` but the pool."""
+    stage = plan_rows(sticks(7, 200), (0,), packed_stages=1).stages[0]
+    shapes = [(len(stage.count), n_in), (3, n_in, width), (3, width, width), (n_in, width), *[(width,)] * 4]
+    x, first, second, widen, *channels = (torch.randn(*s, generator=rng(i)) for i, s in enumerate(shapes))
+    return x, first, second, widen, [channels[:2], channels[2:]], stage
 
 
 def test_twenty_steps_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,8 @@ def peak_conv(
     Rows before the first and after the last are zero. What it gives for the halos of a packed list is of no use.
 
     Args:
-        x: float32 or float64; under autocast it and the weight are cast as torch's own matrix products do.
+        x: float32 or float64; under autocast it and the weight are cast as torch's own matrix products do, which leave
+            float64 alone.
         weight: the taps, any strides; the same dtype.
         shift: rows from a position to the next; negative: the list backwards.
 
@@ -64,7 +65,7 @@ def peak_conv(
         ValueError: for shapes, dtypes or devices that do not agree.
     """
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         x, weight = x.to(dtype), weight.to(dtype)
     if x.ndim != 2:
@@ -105,7 +106,7 @@ def peak_stage(
         ValueError: for shapes, dtypes or devices that do not agree.
 
     Note:
-        No gradients: for evaluation only.
+        No gradients: for evaluation only. Autocast changes nothing.
     """
     if pool not in ("max", "mean"):
         raise ValueError(f"peak_stage: pool must be max or mean, got {pool!r}")
@@ -151,9 +152,10 @@ def peak_stage_reference(
             h, residual, scale, offset, mean, var, 0.0, None, float(len(h)), take, len(h), maximum
         )[0]
 
-    inner = norm(ops.peak_conv(x, first, shift), None, scale1, offset1, halo)
-    wide = x if widen is None else x @ widen
-    return norm(ops.peak_conv(inner, second, shift), wide, scale2, offset2, pairs)
+    with torch.autocast(x.device.type, enabled=False):  # which would go on inside: the norm reads one dtype
+        inner = norm(ops.peak_conv(x, first, shift), None, scale1, offset1, halo)
+        wide = x if widen is None else x @ widen
+        return norm(ops.peak_conv(inner, second, shift), wide, scale2, offset2, pairs)
 
 
 def peak_conv_reference(x: Tensor, weight: Tensor, shift: int) -> Tensor:
