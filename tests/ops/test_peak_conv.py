@@ -363,8 +363,15 @@ def test_operators_on_a_gpu(gpu) -> None:
         (lambda: peak_conv(torch.zeros(4), torch.zeros(3, 1, 1), 1), "peak_conv: x must be"),
         (lambda: peak_conv(torch.zeros(4, 2), torch.zeros(3, 1, 1), 1), "peak_conv: weight must be"),
         (lambda: peak_conv(torch.zeros(4, 1), torch.zeros(3, 1, 1).double(), 1), "peak_conv: weight must be"),
+        (lambda: bad_stage("halo"), "peak_stage: stage.halo must be on cpu, got meta"),
+        (lambda: bad_stage("pairs"), "peak_stage: stage.pairs must be on cpu, got meta"),
     ],
 )
 def test_refusals(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def bad_stage(elsewhere: str) -> None:
+    *given, stage = stage_case(2, 8)
+    peak_stage(*given, stage._replace(**{elsewhere: getattr(stage, elsewhere).to("meta")}), pool="max")

@@ -137,6 +137,8 @@ def test_on_a_gpu(gpu, pool, packed: bool) -> None:
         (lambda: bad_norm(residual=torch.zeros(4, 3)), "peak_norm: residual must be"),
         (lambda: bad_norm(statistics=(torch.zeros(2), torch.zeros(3))), "peak_norm: variance must be"),
         (lambda: bad_norm(pool="sum"), "peak_norm: pool must be"),
+        (lambda: bad_norm("pairs"), "peak_norm: stage.pairs must be on cpu, got meta"),
+        (lambda: bad_norm("count"), "peak_norm: stage.count must be on cpu, got meta"),
         (
             lambda: peak_norm(
                 torch.zeros(1, 2),
@@ -155,8 +157,10 @@ def test_refusals(call, message: str) -> None:
         call()
 
 
-def bad_norm(**changed) -> None:
-    stage = plan_rows(torch.zeros(2, 2), (0,)).stages[0]
+def bad_norm(elsewhere: str | None = None, **changed) -> None:
+    stage = plan_rows(torch.zeros(2, 2), (0,)).stages[0]._replace(count=torch.ones(4))
+    if elsewhere:
+        stage = stage._replace(**{elsewhere: getattr(stage, elsewhere).to("meta")})
     given = {
         "h": torch.zeros(4, 2),
         "gamma": torch.ones(2),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from xrdfast import _native
 from xrdfast.ops import LIBRARY, check_tensor, device_stream
-from xrdfast.ops.peak_plan import Stage
+from xrdfast.ops.peak_plan import Stage, check_stage
 
 KERNEL_WIDTH = 3
 # Wider convolutions are matrix products large enough for the library.
@@ -120,6 +120,7 @@ def peak_stage(
     for name, (tensor, shape) in rules.items():
         if tensor is not None:
             check_tensor("peak_stage", name, tensor, shape, x)
+    check_stage("peak_stage", stage, x.device)
     if widen is None and n_in != width:
         raise ValueError(f"peak_stage: widen must be ({n_in}, {width}), got None")
     settings = (stage.halo, stage.pairs, stage.shift, stage.n_touched, pool == "max")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from xrdfast import _native
 from xrdfast.ops import LIBRARY, check_tensor, device_stream
-from xrdfast.ops.peak_plan import Stage
+from xrdfast.ops.peak_plan import Stage, check_stage
 
 NEGATIVE_SLOPE = 0.01  # of LeakyReLU
 _NORM_PARTS = 128  # kNormParts of csrc/peak_norm.h
@@ -91,6 +91,7 @@ def peak_norm(
     for name, (tensor, shape) in rules.items():
         if tensor is not None:
             check_tensor("peak_norm", name, tensor, shape, h)
+    check_stage("peak_norm", stage, h.device)
     return Normed(
         *torch.ops.xrdfast.peak_norm(
             h,

@@ -268,6 +268,14 @@ def _packed_on_device(
     return Plan(point, position, stages, None if room is None else overflow)
 
 
+def check_stage(op: str, stage: Stage, device: torch.device) -> None:
+    """Refuses a stage that is not on the device of the rows it is used with."""
+    for name in ("count", "halo", "pairs"):
+        tensor = getattr(stage, name)
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{op}: stage.{name} must be on {device}, got {tensor.device}")
+
+
 class _Layout(NamedTuple):
     """Which row is where in one stage."""
 
