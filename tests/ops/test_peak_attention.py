@@ -177,6 +177,14 @@ def test_gradcheck(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.autograd.gradcheck(lambda *x: peak_attention(*x, active), leaves)
 
 
+def test_second_derivatives_are_refused() -> None:
+    query, key, value, active = batch(2, 9, 8)
+    output = peak_attention(query.requires_grad_(), key, value, active)
+    (gradient,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
+    with pytest.raises(NotImplementedError, match="peak_attention: second derivatives"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("mode", ["native", "reference"])
 def test_opcheck(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XRDFAST_BACKEND", mode)

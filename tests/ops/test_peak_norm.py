@@ -57,6 +57,25 @@ def test_norm_equals_the_reference(n_channels: int, pool, packed: bool, batch: b
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize(("pool", "packed", "batch", "residual"), CASES)
+def test_backward_reference_is_autograd(pool, packed: bool, batch: bool, residual: bool) -> None:
+    stage, tensors = norm_case(5, 16, pool, packed)
+    arguments = norm_call(stage, tensors, pool, batch, residual)
+    for tensor in tensors:
+        tensor.requires_grad_()
+    out, mean, var = norm_ops.peak_norm_reference(*arguments)
+    h, rest, gamma, beta, _, _, *settings = arguments
+    cotangent = torch.randn(out.shape, generator=rng(9), dtype=out.dtype)
+    inputs = [h, *([rest] if residual else []), gamma, beta]
+    want = torch.autograd.grad(out, inputs, cotangent)
+    with torch.no_grad():
+        got = norm_ops.peak_norm_backward_reference(
+            cotangent, h, rest, gamma, beta, mean, var, *settings, batch
+        )
+    for mine, theirs in zip(got if residual else (got[0], *got[2:]), want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("pool", [None, "max", "mean"])
 def test_blank_rows_where_every_pattern_has_its_own_pass_gradients(kernels, pool) -> None:
     """They stand for no sample, but for the inputs of the blank rows beside them."""
@@ -105,6 +124,14 @@ def test_nan_and_infinity_pass_as_in_the_reference() -> None:
         torch.testing.assert_close(got[0], want[0], rtol=1e-11, atol=1e-11, equal_nan=True)
         for mine, theirs in zip(got[1:], want[1:], strict=True):
             assert torch.equal(mine.isfinite(), theirs.isfinite())
+
+
+def test_second_derivatives_are_refused() -> None:
+    stage, (h, gamma, beta, _) = norm_case(5, 3, "max", True)
+    out = peak_norm(h.requires_grad_(), gamma, beta, stage, statistics=None, eps=EPS, pool="max").out
+    (gradient,) = torch.autograd.grad(out.square().sum(), h, create_graph=True)
+    with pytest.raises(NotImplementedError, match="peak_norm: second derivatives"):
+        gradient.sum().backward()
 
 
 @pytest.mark.gpu

@@ -448,6 +448,11 @@ def _peak_attention_gradients(ctx, grad_output, _grad_logsumexp):
     return *torch.ops.xrdfast.peak_attention_backward(grad_output, *ctx.saved_tensors), None
 
 
+def _no_second_gradient(ctx, *_):
+    raise NotImplementedError("peak_attention: second derivatives are not implemented")
+
+
 torch.library.register_autograd(
     "xrdfast::peak_attention", _peak_attention_gradients, setup_context=_keep_for_backward
 )
+torch.library.register_autograd("xrdfast::peak_attention_backward", _no_second_gradient)

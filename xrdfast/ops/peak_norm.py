@@ -74,7 +74,8 @@ def peak_norm(
         ValueError: for shapes, dtypes or devices that do not agree.
 
     Note:
-        Deterministic for a given number of threads. Equal maxima pass their gradient to the first.
+        Deterministic, whatever the number of threads. Equal maxima pass their gradient to the first. Gradients once:
+        second derivatives are refused.
     """
     if pool not in (None, "max", "mean"):
         raise ValueError(f"peak_norm: pool must be max, mean or None, got {pool!r}")
@@ -124,7 +125,7 @@ def peak_norm_reference(
     n_touched: int,
     maximum: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Plain PyTorch; its autograd is the yardstick of the backward kernel."""
+    """Plain PyTorch; the yardstick of the kernels."""
     if mean is None or var is None:
         weight = None if count is None else count.to(h.dtype)[:, None]
         mean = (h if weight is None else h * weight).sum(0) / total
@@ -162,15 +163,31 @@ def peak_norm_backward_reference(
     maximum: bool,
     batch: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of h, residual (or of h again), gamma and beta, by the autograd of the reference."""
-    base = torch.zeros_like(h) if residual is None else residual
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in (h, base, gamma, beta)]
-        statistics = (None, None) if batch else (mean, var)
-        out = peak_norm_reference(
-            inputs[0], inputs[1], *inputs[2:], *statistics, eps, count, total, take, n_touched, maximum
-        )[0]
-        return torch.autograd.grad(out, inputs, grad_out)
+    """Gradients of h, residual (or of h again), gamma and beta; csrc/peak_norm.h has the formulas."""
+    rstd = (var + eps).rsqrt()
+    normed = (h - mean) * rstd
+    z = (h - mean) * (gamma * rstd) + beta
+    z = z if residual is None else z + residual
+    grad = grad_out
+    if take is not None:
+        rows = F.pad(F.leaky_relu(z, NEGATIVE_SLOPE), (0, 0, 0, 1))  # the last is what -1 stands for
+        index = torch.where(take < 0, len(h), take).long()
+        shares = [grad_out if len(take) == 1 else 0.5 * grad_out] * len(take)
+        if len(take) == 2 and maximum:
+            first, second = rows[index[0]], rows[index[1]]
+            second_wins = (second > first) | second.isnan()
+            shares = [grad_out.masked_fill(second_wins, 0.0), grad_out.masked_fill(~second_wins, 0.0)]
+        grad = torch.zeros_like(rows)
+        for i, share in zip(index, shares, strict=True):
+            grad.index_add_(0, i, share)
+        grad = grad[:-1]
+    grad_z = torch.where(z > 0, grad, NEGATIVE_SLOPE * grad)
+    grad_beta, grad_gamma = grad_z.sum(0), (grad_z * normed).sum(0)
+    grad_h = grad_z
+    if batch:
+        weight = 1.0 if count is None else count.to(h.dtype)[:, None]
+        grad_h = grad_z - weight / total * (grad_beta + normed * grad_gamma)
+    return gamma * rstd * grad_h, grad_z, grad_gamma, grad_beta
 
 
 def _norm_fake(h, residual, gamma, beta, mean, var, eps, count, total, take, n_touched, maximum):
@@ -193,7 +210,7 @@ def _norm_backward(ctx, grad_out, *_):
     h, residual, gamma, beta, mean, var, count, take = ctx.saved_tensors
     eps, total, n_touched, maximum, batch = ctx.settings
     grad_h, grad_residual, grad_gamma, grad_beta = torch.ops.xrdfast.peak_norm_backward(
-        grad_out.contiguous(),
+        grad_out,
         h,
         residual,
         gamma,
@@ -211,6 +228,10 @@ def _norm_backward(ctx, grad_out, *_):
     if residual is None:
         grad_residual = None
     return grad_h, grad_residual, grad_gamma, grad_beta, *[None] * 8
+
+
+def _no_second_gradient(ctx, *_):
+    raise NotImplementedError("peak_norm: second derivatives are not implemented")
 
 
 def _norm_arguments(
@@ -318,3 +339,4 @@ LIBRARY.impl("peak_norm_backward", _norm_backward_cuda, "CUDA")
 torch.library.register_fake("xrdfast::peak_norm", _norm_fake)
 torch.library.register_fake("xrdfast::peak_norm_backward", _norm_backward_fake)
 torch.library.register_autograd("xrdfast::peak_norm", _norm_backward, setup_context=_norm_setup)
+torch.library.register_autograd("xrdfast::peak_norm_backward", _no_second_gradient)
