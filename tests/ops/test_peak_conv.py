@@ -233,6 +233,13 @@ def test_opcheck(dtype) -> None:
         stage, tensors = norm_case(7, 3, pool, packed, dtype)
         arguments = norm_call(stage, [t.requires_grad_() for t in tensors], pool, True, True)
         torch.library.opcheck(torch.ops.xrdfast.peak_norm, arguments)
+        h, residual, gamma, beta, _, _, *settings = (
+            x.detach() if isinstance(x, Tensor) else x for x in arguments
+        )
+        strided = h.T.contiguous().T
+        out, mean, var = torch.ops.xrdfast.peak_norm(strided, residual, gamma, beta, None, None, *settings)
+        given = (out, strided, residual, gamma, beta, mean, var, *settings, True)
+        torch.library.opcheck(torch.ops.xrdfast.peak_norm_backward, given)
     stage = plan_rows(sticks(7, 200), (0, 1), packed_stages=1).stages[0]
     shapes = [(len(stage.count), 4), (3, 4, 6), (3, 6, 6), (4, 6), *[(6,)] * 4]
     tensors = [torch.randn(*shape, dtype=dtype) for shape in shapes]

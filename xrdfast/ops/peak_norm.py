@@ -196,7 +196,7 @@ def _norm_fake(h, residual, gamma, beta, mean, var, eps, count, total, take, n_t
 
 
 def _norm_backward_fake(grad_out, h, residual, gamma, beta, *rest):
-    return torch.empty_like(h), torch.empty_like(h), torch.empty_like(gamma), torch.empty_like(beta)
+    return h.new_empty(h.shape), h.new_empty(h.shape), torch.empty_like(gamma), torch.empty_like(beta)
 
 
 def _norm_setup(ctx, inputs, output) -> None:
