@@ -79,7 +79,8 @@ void render_pattern(const RenderSticksParams& p, int64_t pattern, Workspace& ws)
             ws.h[n_lines - 1] = std::min(ws.h[n_lines - 1], ws.two_theta[index]);
             ws.k[n_lines - 1] += ws.strength[index];
         }
-        strongest = std::max(strongest, ws.k[n_lines - 1]);
+        const double sum = ws.k[n_lines - 1];
+        strongest = strongest >= sum || strongest != strongest ? strongest : sum;  // NaN stays
     }
     if (!(strongest > 0.0) || !std::isfinite(strongest)) return;
     const double scale = 100.0 / strongest, points_a_degree = 1.0 / p.two_theta_step;

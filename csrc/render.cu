@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, 3)  // 80 registers; left alone, ptx
             }
             strength[first] = sum;
             two_theta[first] = angle;
-            strongest = strongest >= sum ? strongest : sum;
+            strongest = strongest >= sum || strongest != strongest ? strongest : sum;  // NaN stays
         }
     }
     strongest = block_max<kThreads>(strongest, partial_max);

@@ -7,6 +7,8 @@ are in tests/emulation; what a GPU adds is marked `gpu`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -138,6 +140,18 @@ def test_sticks_equal_the_reference(emulated, order, n_patterns: int, grid: Grid
     if n_patterns > 1:
         assert not bool(got[0].any())
         assert got[1:].amax(1).tolist() == [100.0] * (n_patterns - 1)
+
+
+def test_sticks_with_a_nan_are_blank(emulated, order) -> None:
+    """Wherever the NaN comes among the lines: here in a first one, which others follow."""
+    offset, hkl, multiplicity, f_squared, *rest = stick_batch(8)
+    norm = hkl.double().square().sum(1)
+    for begin, end in itertools.pairwise(offset.tolist()[1:]):
+        f_squared[begin + norm[begin:end].where(norm[begin:end] > 0, math.inf).argmin()] = torch.nan
+    given = (offset, hkl, multiplicity, f_squared, *rest, 1.54056, 5.0, 0.01, 8500)
+    assert not render.render_sticks_reference(*given).any()
+    assert not render._render_sticks_cpu(*given).any()
+    assert not render._render_sticks_on_device(emulated, *given).any()
 
 
 @pytest.mark.parametrize("bin_edge", [10.0, 20.01, 77.77])
