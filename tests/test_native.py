@@ -264,12 +264,29 @@ def test_status_names_what_is_used() -> None:
     assert {"python", "torch", "compiler", "ninja", "cache", "backend"} <= set(status)
 
 
+def test_the_parser_builds_at_once_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XRDFAST_CACHE", str(tmp_path))
+    path = _native.build_module("_text")
+    assert capsys.readouterr().err == f"xrdfast: building {path.name}, once ...\n"
+
+
+def test_cuda_is_compiled_for_the_least_of_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i=0: [(9, 0), (8, 6), (10, 0)][i])
+    commands = _native._plan("_cuda", None)["sources"].values()
+    assert {flag for command in commands for flag in command if "sm_" in flag} == {"-arch=sm_86"}
+
+
 def test_the_cuda_module_builds_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the launches: every kernel and the binding compiled for a device, linked, and loaded."""
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc on PATH")
     monkeypatch.setenv("XRDFAST_CACHE", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     path = _native.build_module("_cuda")
     try:
         module = _native._load("_cuda", path)

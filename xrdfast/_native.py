@@ -255,7 +255,9 @@ def _plan(name: str, emulator: Path | None) -> _Plan:
         import torch
 
         nvcc = _nvcc()
-        major, minor = torch.cuda.get_device_capability()
+        # The least of all devices: the others run its code, or compile the PTX that goes with it.
+        devices = range(torch.cuda.device_count())
+        major, minor = min(torch.cuda.get_device_capability(i) for i in devices)
         flags = [*_NVCC_FLAGS, "-ccbin", cxx[-1], f"-arch=sm_{major}{minor}", f"-I{CSRC}"]
         sources = {p: [nvcc, *flags] for p in kernels}
         sources[CSRC / "bind_cuda.cpp"] = [*cxx, *_CXX_FLAGS, *include, "-O1"]
@@ -298,7 +300,8 @@ def _compile(plan: _Plan, folder: Path, target: Path) -> None:
         "build-*"
     ):  # of a builder that was killed: the lock is ours, so nobody works there
         shutil.rmtree(orphan, ignore_errors=True)
-    print(f"xrdfast: building {target.name}, once (about 15 s) ...", file=sys.stderr, flush=True)
+    takes = "" if target.name.startswith("_text") else " (about 15 s)"
+    print(f"xrdfast: building {target.name}, once{takes} ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as temporary:
         rules, objects = ["rule run", "  command = $command", "  description = $out"], []
         for path, command in plan["sources"].items():
