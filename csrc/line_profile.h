@@ -6,7 +6,7 @@
 
 namespace xrdfast {
 
-// One pattern's row of the profile table, in the order of ProfileParameters (xrdfast/ops/render_patterns.py), where
+// One pattern's row of the profile table, in the order of ProfileParameters (xrdfast/ops/line_profile.py), where
 // units and ranges are explained.
 struct ProfileRow {
     double caglioti_u, caglioti_v, caglioti_w, crystallite_size, microstrain, eta, asymmetry;

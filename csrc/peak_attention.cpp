@@ -207,7 +207,6 @@ struct AttendPatternBackward {
                     grad_rows[i * wide + f] = p.grad_output[row + f];
                 }
             }
-            for (int64_t i = here; i < kBlock; ++i) std::fill_n(grad_rows + i * wide, w, T(0));
             std::fill_n(grad_query, w * kBlock, T(0));
             for (int64_t key = 0; key < keys.n_keys; key += kKeys) {
                 const int64_t count = std::min(kKeys, keys.n_keys - key), rows = round_up(count, kRowStep);

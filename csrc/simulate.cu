@@ -23,7 +23,7 @@ constexpr int kTableEntries = 2048;  // 32 kB of complex double: seven blocks sh
 static_assert(3 * (kMaxMillerIndex + 1) <= kTableEntries, "the largest cell needs room for one atom");
 static_assert(kTableEntries * sizeof(double2) <= 48 * 1024, "shared memory that needs no opt-in");
 
-constexpr double kShellTolerance = 1e-8;  // 1 / Angstrom, pymatgen's; the same in simulate.cpp
+constexpr double kShellTolerance = 1e-8;  // 1 / Angstrom, pymatgen's; the same in reciprocal_cell.h
 constexpr double kSearchSlack = 1e-9;     // rows are searched a hair beyond the limit, then tested point by point
 constexpr double kMottBethe = 41.78214;   // Angstrom^2, De Graef & McHenry, eq. 11.42
 
@@ -61,7 +61,7 @@ struct ReciprocalCell {
     }
 };
 
-// The rules of cell_status in simulate.cpp.
+// The rules of cell_status in reciprocal_cell.h.
 __device__ __forceinline__ ReciprocalCell reciprocal_cell(const double* lattice, double g_max) {
     const Vector a = row_of(lattice, 0), b = row_of(lattice, 1), c = row_of(lattice, 2);
     const double length_a = sqrt(dot(a, a)), length_b = sqrt(dot(b, b)), length_c = sqrt(dot(c, c));

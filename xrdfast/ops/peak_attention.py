@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from xrdfast import _native
 from xrdfast.ops import LIBRARY, device_stream
 
-MAX_PATCHES = 4096  # a list of active patches of 16 kB has to fit in a GPU's shared memory
+MAX_PATCHES = 4096  # a list of active patches, 8 kB, has to fit in a GPU's shared memory
 MAX_WIDTH = 64
 LEAKY_SLOPE = 0.01
 
