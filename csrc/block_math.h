@@ -9,10 +9,7 @@
 #include <memory>
 #include <new>
 
-#if defined(XRDFAST_AOT) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define XRDFAST_MULTIVERSION  // wheels: one instance per instruction-set level, chosen at run time
-#endif
-#define XRDFAST_ALWAYS_INLINE inline __attribute__((always_inline))
+#include "compiler.h"
 
 namespace xrdfast {
 
@@ -79,27 +76,27 @@ class AlignedBuffer {
 };
 
 template <class V, typename T>
-XRDFAST_ALWAYS_INLINE V load(const T* from) {
+XRDFAST_INLINE V load(const T* from) {
     V v;
     std::memcpy(&v, from, sizeof v);
     return v;
 }
 
 template <class V, typename T>
-XRDFAST_ALWAYS_INLINE void store(T* to, V v) {
+XRDFAST_INLINE void store(T* to, V v) {
     std::memcpy(to, &v, sizeof v);
 }
 
 // What `multiply` makes of a finished sum and the old content of c.
 struct Replace {
     template <class V, typename T>
-    XRDFAST_ALWAYS_INLINE V operator()(const T*, int, V sum) const {
+    XRDFAST_INLINE V operator()(const T*, int, V sum) const {
         return sum;
     }
 };
 struct Accumulate {
     template <class V, typename T>
-    XRDFAST_ALWAYS_INLINE V operator()(const T* old, int, V sum) const {
+    XRDFAST_INLINE V operator()(const T* old, int, V sum) const {
         return load<V>(old) + sum;
     }
 };
@@ -107,7 +104,7 @@ template <class V>
 struct RescaleAndAccumulate {
     V factor[2];
     template <typename T>
-    XRDFAST_ALWAYS_INLINE V operator()(const T* old, int side, V sum) const {
+    XRDFAST_INLINE V operator()(const T* old, int side, V sum) const {
         return load<V>(old) * factor[side] + sum;
     }
 };
@@ -116,7 +113,7 @@ struct RescaleAndAccumulate {
 // and of c is one block row. `rows` is a multiple of kRowStep. A sum starts from zero, and so long sums taken in pieces
 // round less than in one go.
 template <class S, typename T, class Finish>
-XRDFAST_ALWAYS_INLINE void multiply(const T* __restrict a, int64_t a_row, int64_t a_column, const T* __restrict b,
+XRDFAST_INLINE void multiply(const T* __restrict a, int64_t a_row, int64_t a_column, const T* __restrict b,
                                     int64_t b_row, T* __restrict c, int64_t c_row, int64_t rows, int64_t depth,
                                     const Finish& finish) {
     using V = typename S::Vector;
@@ -148,7 +145,7 @@ XRDFAST_ALWAYS_INLINE void multiply(const T* __restrict a, int64_t a_row, int64_
 // reweighted least squares); n goes into the exponent bits through the integer that adding 1.5 * 2^23 leaves in the
 // mantissa.
 template <class S>
-XRDFAST_ALWAYS_INLINE typename S::Vector exp_nonpositive(typename S::Vector x, float) {
+XRDFAST_INLINE typename S::Vector exp_nonpositive(typename S::Vector x, float) {
     using V = typename S::Vector;
     using I = typename S::IntegerVector;
     constexpr float kMagic = 12582912.0f, kLowest = -87.0f, kLog2e = 1.44269504f;
@@ -171,7 +168,7 @@ XRDFAST_ALWAYS_INLINE typename S::Vector exp_nonpositive(typename S::Vector x, f
 
 // In double, which is for tests, the library's.
 template <class S>
-XRDFAST_ALWAYS_INLINE typename S::Vector exp_nonpositive(typename S::Vector x, double) {
+XRDFAST_INLINE typename S::Vector exp_nonpositive(typename S::Vector x, double) {
     for (int i = 0; i < S::kLanes; ++i) x[i] = std::exp(x[i]);
     return x;
 }

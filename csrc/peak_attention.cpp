@@ -28,8 +28,8 @@ struct PackedKeys {
     int64_t key_rows;
     int64_t value_rows;
 
-    XRDFAST_ALWAYS_INLINE int64_t chunk_size() const { return (key_rows + value_rows) * kKeys; }
-    XRDFAST_ALWAYS_INLINE T* chunk(int64_t first_key) const { return data + first_key / kKeys * chunk_size(); }
+    XRDFAST_INLINE int64_t chunk_size() const { return (key_rows + value_rows) * kKeys; }
+    XRDFAST_INLINE T* chunk(int64_t first_key) const { return data + first_key / kKeys * chunk_size(); }
 };
 
 template <typename T>
@@ -51,7 +51,7 @@ inline bool list_keys(const bool* active, int64_t n_patches, std::vector<int32_t
 // Unnormalised attention of one block of queries (depth, kBlock): `out` (value_rows, kBlock) = sum over keys of
 // exp(score - largest) value, `sum` that of the exponentials. `score` is scratch (kKeys, kBlock).
 template <class S, typename T>
-XRDFAST_ALWAYS_INLINE void attend(const PackedKeys<T>& keys, const T* query, T* out, T* score,
+XRDFAST_INLINE void attend(const PackedKeys<T>& keys, const T* query, T* out, T* score,
                                   typename S::Vector (&largest)[2], typename S::Vector (&sum)[2]) {
     using V = typename S::Vector;
     for (int side = 0; side < 2; ++side) {
@@ -94,7 +94,7 @@ XRDFAST_ALWAYS_INLINE void attend(const PackedKeys<T>& keys, const T* query, T* 
 
 // Rows `first` .. of a (n, width) table as columns of a block (width, kBlock); missing ones are zero.
 template <class S, typename T>
-XRDFAST_ALWAYS_INLINE void load_columns(const T* table, int64_t first, int64_t n, int64_t width, T* __restrict block) {
+XRDFAST_INLINE void load_columns(const T* table, int64_t first, int64_t n, int64_t width, T* __restrict block) {
     const int64_t here = std::min<int64_t>(S::kBlock, n - first);
     const T* rows = table + first * width;
     for (int64_t f = 0; f < width; ++f) {
@@ -104,7 +104,7 @@ XRDFAST_ALWAYS_INLINE void load_columns(const T* table, int64_t first, int64_t n
 }
 
 template <class S, typename T>
-XRDFAST_ALWAYS_INLINE void store_columns(const T* block, int64_t first, int64_t n, int64_t width, T* __restrict table) {
+XRDFAST_INLINE void store_columns(const T* block, int64_t first, int64_t n, int64_t width, T* __restrict table) {
     const int64_t here = std::min<int64_t>(S::kBlock, n - first);
     T* rows = table + first * width;
     for (int64_t i = 0; i < here; ++i)
@@ -134,7 +134,7 @@ struct AttendPattern {
     int64_t pattern;
 
     template <int kBytes>
-    XRDFAST_ALWAYS_INLINE void run() const {
+    XRDFAST_INLINE void run() const {
         using S = Simd<T, kBytes>;
         using V = typename S::Vector;
         Workspace<T>& ws = thread_own<Workspace<T>>();
@@ -174,7 +174,7 @@ struct AttendPatternBackward {
     int64_t pattern;
 
     template <int kBytes>
-    XRDFAST_ALWAYS_INLINE void run() const {
+    XRDFAST_INLINE void run() const {
         using S = Simd<T, kBytes>;
         using V = typename S::Vector;
         constexpr int64_t kBlock = S::kBlock;
@@ -337,7 +337,7 @@ struct PackedEncoder {
 
 // Layer norm of every column: weight * (x - mean) / sqrt(var + eps) + bias.
 template <class S, typename T>
-XRDFAST_ALWAYS_INLINE void normalise(const T* x, int64_t w, const T* weight, const T* bias, T eps, T* out) {
+XRDFAST_INLINE void normalise(const T* x, int64_t w, const T* weight, const T* bias, T eps, T* out) {
     using V = typename S::Vector;
     for (int side = 0; side < 2; ++side) {
         const T* from = x + side * S::kLanes;
@@ -365,7 +365,7 @@ struct EncodePattern {
     int64_t pattern;
 
     template <int kBytes>
-    XRDFAST_ALWAYS_INLINE void run() const {
+    XRDFAST_INLINE void run() const {
         using S = Simd<T, kBytes>;
         constexpr int64_t kBlock = S::kBlock;
         Workspace<T>& ws = thread_own<Workspace<T>>();
@@ -390,7 +390,7 @@ struct EncodePattern {
 
     // Fills the blocks of x and lists the keys; returns whether any patch is active.
     template <class S>
-    XRDFAST_ALWAYS_INLINE bool embed(T* x, T* patches, std::vector<int32_t>& key) const {
+    XRDFAST_INLINE bool embed(T* x, T* patches, std::vector<int32_t>& key) const {
         constexpr int64_t kBlock = S::kBlock;
         const int64_t w = p.width, points = p.patch_points;
         const T* intensity = p.intensity + pattern * p.n_patches * points;
@@ -420,7 +420,7 @@ struct EncodePattern {
     }
 
     template <class S>
-    XRDFAST_ALWAYS_INLINE PackedKeys<T> project_keys(const PackedLayer<T>& layer, const T* x, bool any,
+    XRDFAST_INLINE PackedKeys<T> project_keys(const PackedLayer<T>& layer, const T* x, bool any,
                                                      Workspace<T>& ws) const {
         constexpr int64_t kBlock = S::kBlock;
         const int64_t w = p.width, n_keys = static_cast<int64_t>(ws.key.size());
@@ -443,7 +443,7 @@ struct EncodePattern {
 
     // One layer over one block of patches, in place.
     template <class S>
-    XRDFAST_ALWAYS_INLINE void transform(const PackedLayer<T>& layer, const PackedKeys<T>& keys, T* x,
+    XRDFAST_INLINE void transform(const PackedLayer<T>& layer, const PackedKeys<T>& keys, T* x,
                                          T* scratch) const {
         using V = typename S::Vector;
         constexpr int64_t kBlock = S::kBlock;

@@ -59,8 +59,8 @@ XRD_PORTABLE float exp2_nonpositive(float x) {
     return float_of(bits_of(p) + (bits_of(shifted) << 23));
 }
 
-// ln(x) for normal x in (0, 1]. Cephes' logf (Moshier, 1984-2000), error 1e-7 of the larger of |ln x| and 1.
-XRD_PORTABLE float log_unit(float x) {
+// ln(x) for normal x > 0, error 1e-7 of the larger of |ln x| and 1. Cephes' logf (Moshier, 1984-2000).
+XRD_PORTABLE float natural_log(float x) {
     const uint32_t shifted = bits_of(x) - 0x3f3504f3u;  // mantissa in [sqrt(1/2), sqrt(2))
     const float exponent = static_cast<float>(static_cast<int32_t>(shifted) >> 23);
     const float f = float_of((shifted & 0x007fffffu) + 0x3f3504f3u) - 1.0f;

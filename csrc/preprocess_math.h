@@ -13,26 +13,6 @@ constexpr double kSecondRatio = 0.5;            // K-alpha 2 to K-alpha 1
 constexpr int kStripFactors = 5;                // what is left out is of the order 0.5^32
 constexpr float kStrippedNoise = 1.154700538f;  // (1 - 0.5^2)^(-1/2)
 
-// ln(x) for normal x > 0, error 1e-7 of the larger of |ln x| and 1. Cephes' logf (Moshier, 1984-2000).
-XRD_PORTABLE float natural_log(float x) {
-    const uint32_t shifted = bits_of(x) - 0x3f3504f3u;  // mantissa in [sqrt(1/2), sqrt(2))
-    const float exponent = static_cast<float>(static_cast<int32_t>(shifted) >> 23);
-    const float f = float_of((shifted & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
-    float p = 7.0376836292e-2f;
-    p = fmaf(p, f, -1.1514610310e-1f);
-    p = fmaf(p, f, 1.1676998740e-1f);
-    p = fmaf(p, f, -1.2420140846e-1f);
-    p = fmaf(p, f, 1.4249322787e-1f);
-    p = fmaf(p, f, -1.6668057665e-1f);
-    p = fmaf(p, f, 2.0000714765e-1f);
-    p = fmaf(p, f, -2.4999993993e-1f);
-    p = fmaf(p, f, 3.3333331174e-1f);
-    const float square = f * f;
-    float tail = fmaf(p * f, square, exponent * -2.12194440e-4f);
-    tail = fmaf(-0.5f, square, tail);
-    return fmaf(exponent, 0.693359375f, tail + f);
-}
-
 // e^x, |x| held to 80: x = n ln2 + r, Taylor series of degree 7 in r (remainder 5e-9), 2^n through the exponent bits.
 XRD_PORTABLE float exponential(float x) {
     constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the last bits

@@ -48,7 +48,7 @@ XRD_PORTABLE float normal_quantile(uint32_t word) {
     const bool low = word < 0x80000000u;
     const uint32_t tail = low ? word : ~word;
     const float p = (static_cast<float>(static_cast<int32_t>(tail)) + 0.5f) * 2.3283064365386963e-10f;
-    const float w = -log_unit(4.0f * p * (1.0f - p));
+    const float w = -natural_log(4.0f * p * (1.0f - p));
     const bool central = w < 5.0f;
     const float t = central ? w - 2.5f : sqrtf(w) - 3.0f;
     float q = central ? 2.81022636e-08f : -0.000200214257f;
