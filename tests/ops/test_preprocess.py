@@ -99,7 +99,7 @@ def assert_as_the_reference(kernel, tensors: list[Tensor], rest: list) -> None:
     apart = (got.intensity - exact.intensity).abs()
     # a point whose height is its noise's threshold may fall on either side of it
     assert float((apart > bound).double().mean()) <= 1e-3
-    again = PreprocessedScans(got.intensity, got.measured, *ops._active_patches(got.intensity))
+    again = PreprocessedScans(got.intensity, got.measured, *ops.active_patches(got.intensity))
     for mine, theirs in zip(got, again, strict=True):
         assert torch.equal(mine, theirs)
     assert set(got.intensity.amax(dim=1).tolist()) <= {0.0, 100.0}

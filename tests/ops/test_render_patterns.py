@@ -24,6 +24,7 @@ from xrdfast import _native
 from xrdfast.bragg import Grid
 from xrdfast.ops import render_patterns as op
 from xrdfast.ops.line_profile import ProfileParameters, weigh_families
+from xrdfast.ops.preprocess import active_patches
 from xrdfast.ops.render_patterns import RenderedPatterns, render_patterns
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -62,7 +63,7 @@ def assert_close_to_reference(
         else:
             assert float(apart.double().mean()) <= 3e-3, i
     assert torch.equal(got.intensity.amax(1), want.intensity.amax(1))
-    count, patch = op.active_patches(got.intensity)
+    count, patch = active_patches(got.intensity)
     assert torch.equal(got.active_count, count)
     assert torch.equal(got.active_patch, patch)
 

@@ -232,7 +232,7 @@ def preprocess_scans_reference(
         patterns[scan, begin:end] = resampled(position, y.double(), points).to(y.dtype)
     strongest = patterns.amax(dim=1, keepdim=True)
     patterns = torch.where(strongest > 0, patterns / strongest * 100.0, 0.0).float()
-    return patterns, measured, *_active_patches(patterns)
+    return patterns, measured, *active_patches(patterns)
 
 
 def _smoothed(y: Tensor, half: int) -> tuple[Tensor, float]:
@@ -341,7 +341,8 @@ def _at_points(position: Tensor, y: Tensor, points: Tensor) -> Tensor:
     return torch.where(length > 0.0, y[piece] + slope * (points - position[piece]), 0.0)
 
 
-def _active_patches(patterns: Tensor) -> tuple[Tensor, Tensor]:
+def active_patches(patterns: Tensor) -> tuple[Tensor, Tensor]:
+    """Count and indices of the patches that are not blank, as in `PreprocessedScans`."""
     n_patches = math.ceil(patterns.shape[1] / PATCH_POINTS)
     padded = torch.nn.functional.pad(patterns, (0, n_patches * PATCH_POINTS - patterns.shape[1]))
     active = padded.unflatten(1, (n_patches, PATCH_POINTS)).amax(dim=2) >= ACTIVE_INTENSITY

@@ -25,7 +25,7 @@ from xrdfast.ops.line_profile import (
     sum_profiles,
     weigh_families,
 )
-from xrdfast.ops.preprocess import local_noise_reference
+from xrdfast.ops.preprocess import PATCH_POINTS, active_patches, local_noise_reference
 from xrdfast.ops.random import noise_words, poisson
 from xrdfast.ops.render import check_families, check_offsets, check_tensors
 
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 MAX_IMPURITIES = 16
 MAX_COUNTS = 1e6  # single precision still tells neighbouring counts apart
-PATCH_POINTS = 10  # of the encoder's patches, and the intensity from which one is active
-ACTIVE_INTENSITY = 1e-5
 MAX_ROTATIONS = 192  # of a pattern
 LINE_WORDS = 11  # of four bytes, a line in csrc/line_profile.h
 _SMALLEST, _LARGEST = sys.float_info.min, sys.float_info.max  # "> 0" and "finite" as bounds
@@ -183,17 +181,6 @@ def render_patterns_reference(
         out[i] = _as_preprocessed(peaks, p, clip_sigma, grid, first, last, ids[i], seed)
     intensity = out.float().to(device)
     return intensity, *active_patches(intensity)
-
-
-def active_patches(intensity: Tensor) -> tuple[Tensor, Tensor]:
-    """Count and indices of the patches that are not blank, as in `RenderedPatterns`."""
-    n_patterns, n_points = intensity.shape
-    n_patches = -(-n_points // PATCH_POINTS)
-    padded = torch.nn.functional.pad(intensity, (0, n_patches * PATCH_POINTS - n_points))
-    active = padded.view(n_patterns, n_patches, PATCH_POINTS).amax(2) >= ACTIVE_INTENSITY
-    index = torch.arange(n_patches, device=intensity.device).expand(n_patterns, -1)
-    patch = torch.where(active, index, n_patches).sort(dim=1).values
-    return active.sum(1, dtype=torch.int32), torch.where(patch < n_patches, patch, -1).to(torch.int16)
 
 
 def _as_preprocessed(
