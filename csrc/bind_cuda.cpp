@@ -9,6 +9,7 @@
 
 #include "bind.h"
 #include "bind_dsr_loss.h"
+#include "bind_params.h"
 #include "peak_attention.h"
 #include "peak_conv.h"
 #include "peak_norm.h"
@@ -142,12 +143,9 @@ void bind_peak_conv(py::module_& m, const std::string& type) {
            uintptr_t mean, uintptr_t var, int64_t n_rows, int64_t n_rows_out, int64_t n_channels, int64_t n_touched,
            int n_take, bool maximum, bool batch, double eps, double total, uintptr_t sums, uintptr_t weights,
            uintptr_t out, uintptr_t stream) {
-            const PeakNormParams<T> params{at<const T>(h),     at<const T>(residual), at<const T>(gamma),
-                                           at<const T>(beta),  at<const float>(count), at<const int32_t>(take),
-                                           at<T>(mean),        at<T>(var),             n_rows,
-                                           n_rows_out,         n_channels,             n_touched,
-                                           n_take,             maximum,                batch,
-                                           eps,                total};
+            const PeakNormParams<T> params =
+                peak_norm_params<T>(h, residual, gamma, beta, count, take, mean, var, n_rows, n_rows_out, n_channels,
+                                    n_touched, n_take, maximum, batch, eps, total);
             const PeakNormScratch<T> scratch{at<T>(sums), at<T>(weights), nullptr, nullptr};
             check("peak_norm", peak_norm_cuda(params, scratch, at<T>(out), at<void>(stream)));
         });
@@ -157,12 +155,9 @@ void bind_peak_conv(py::module_& m, const std::string& type) {
            int n_take, bool maximum, bool batch, double eps, double total, uintptr_t sums, uintptr_t taker,
            uintptr_t taken, uintptr_t grad_out, uintptr_t grad_h, uintptr_t grad_residual, uintptr_t grad_gamma,
            uintptr_t grad_beta, uintptr_t stream) {
-            const PeakNormParams<T> params{at<const T>(h),     at<const T>(residual), at<const T>(gamma),
-                                           at<const T>(beta),  at<const float>(count), at<const int32_t>(take),
-                                           at<T>(mean),        at<T>(var),             n_rows,
-                                           n_rows_out,         n_channels,             n_touched,
-                                           n_take,             maximum,                batch,
-                                           eps,                total};
+            const PeakNormParams<T> params =
+                peak_norm_params<T>(h, residual, gamma, beta, count, take, mean, var, n_rows, n_rows_out, n_channels,
+                                    n_touched, n_take, maximum, batch, eps, total);
             const PeakNormScratch<T> scratch{at<T>(sums), nullptr, at<const int32_t>(taker), at<const int32_t>(taken)};
             const PeakNormGrads<T> grads{at<const T>(grad_out), at<T>(grad_h), at<T>(grad_residual), at<T>(grad_gamma),
                                          at<T>(grad_beta)};
@@ -209,20 +204,9 @@ PYBIND11_MODULE(XRDFAST_MODULE, m) {
            uintptr_t occupancy, uintptr_t b_iso, uintptr_t form_factor, uintptr_t dispersion, int64_t n_structures,
            int64_t n_elements, bool mott_bethe, double wavelength, double g_min, double g_max, uintptr_t offset,
            int64_t n_reflections, uintptr_t hkl, uintptr_t g2, uintptr_t f_squared, uintptr_t stream) {
-            const StructureBatch batch{at<const int64_t>(atom_offset),
-                                       at<const double>(lattice),
-                                       at<const uint8_t>(atomic_number),
-                                       at<const double>(fractional),
-                                       at<const double>(occupancy),
-                                       at<const double>(b_iso),
-                                       at<const double>(form_factor),
-                                       at<const double>(dispersion),
-                                       n_structures,
-                                       n_elements,
-                                       mott_bethe,
-                                       wavelength,
-                                       g_min,
-                                       g_max};
+            const StructureBatch batch =
+                structures(atom_offset, lattice, atomic_number, fractional, occupancy, b_iso, form_factor, dispersion,
+                           n_structures, n_elements, mott_bethe, wavelength, g_min, g_max);
             const ReflectionList list{at<const int64_t>(offset), n_reflections, at<int16_t>(hkl), at<double>(g2),
                                       at<double>(f_squared)};
             check("structure_factors", structure_factors_cuda(batch, list, at<void>(stream)));
