@@ -80,6 +80,19 @@ def test_processes_share_the_work(model, tmp_path, variables):
     assert sum("now" in text or "by this process" in text for pair in said for text in pair) == 2
 
 
+def test_a_process_that_others_outlast_exits_with_0(model, tmp_path, monkeypatch):
+    """Whatever it answered: the last one's exit code says how all went."""
+    write_folder(tmp_path / "scans", 1)
+    (tmp_path / "scans" / "bad.xy").write_text("nothing here\n")
+    work = ("screen", tmp_path / "scans", write_npz(tmp_path / "some.npz", 1), "-o", tmp_path / "out.parquet")
+    options = ("--model", model, "--readers", 0, "--device", "cpu")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank, code, said in ((2, 0, "0 answered by this"), (1, 0, "1 answered by this"), (0, 1, "2 answered, 1")):
+        monkeypatch.setenv("RANK", str(rank))
+        done = run(*work, *options)
+        assert done.exit_code == code and said in done.output, done.output
+
+
 @pytest.mark.long
 def test_torchrun_itself(model, tmp_path):
     """The real launcher."""

@@ -291,8 +291,8 @@ def screen(
     """Answers for many scans: files, folders, patterns, .tar, HDF5 and NPZ stacks, packed scans.
 
     Killed at any point, the same command goes on where it was. What cannot be answered is in
-    <stem>.errors.jsonl. Under torchrun or srun, processes share the work. Exit code 0: all answered, 1: some not,
-    2: nothing done.
+    <stem>.errors.jsonl. Under torchrun or srun, processes share the work, and the one that ends last says how it went.
+    Exit code 0: all answered, 1: some not, 2: nothing done.
     """
     from xrdfast.errors import InputError
     from xrdfast.prediction import SymmetryPredictor
@@ -340,11 +340,8 @@ def screen(
         click.echo(
             f"{output}: {done[0]} answered by this process; other processes are still at work", err=True
         )
-        totals = done
-    else:
-        click.echo(
-            f"{output}: {totals[0]} answered, {totals[1]} failed; of these now {done[0]} and {done[1]}"
-        )
+        return  # with 0: torchrun ends every process where one exits with another code
+    click.echo(f"{output}: {totals[0]} answered, {totals[1]} failed; of these now {done[0]} and {done[1]}")
     click.get_current_context().exit(0 if totals[0] and not totals[1] else 1 if totals[0] else 2)
 
 
