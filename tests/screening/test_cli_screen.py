@@ -87,7 +87,11 @@ def test_a_process_that_others_outlast_exits_with_0(model, tmp_path, monkeypatch
     work = ("screen", tmp_path / "scans", write_npz(tmp_path / "some.npz", 1), "-o", tmp_path / "out.parquet")
     options = ("--model", model, "--readers", 0, "--device", "cpu")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    for rank, code, said in ((2, 0, "0 answered by this"), (1, 0, "1 answered by this"), (0, 1, "2 answered, 1")):
+    for rank, code, said in (
+        (2, 0, "0 answered by this"),
+        (1, 0, "1 answered by this"),
+        (0, 1, "2 answered, 1"),
+    ):
         monkeypatch.setenv("RANK", str(rank))
         done = run(*work, *options)
         assert done.exit_code == code and said in done.output, done.output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 
 from tests.screening import scans_written
 from tests.screening.scans_written import TWO_THETA, counts, write_folder, write_npz, write_tar
-from xrdfast.data.scans import read
+from xrdfast.bragg import Radiation
+from xrdfast.data.scans import read, scan_of_points
 from xrdfast.errors import InputError
 from xrdfast.screening import sources
 from xrdfast.screening.packed import PackedScans, pack
@@ -123,6 +125,98 @@ def test_a_tar_header_that_asks_for_gigabytes(tmp_path):
     path = tmp_path / "bomb.tar.gz"
     path.write_bytes(gzip.compress(info.tobuf() + bytes(1 << 20)))
     assert "at most" in only_failure(path)
+
+
+def test_a_truncated_tar_gives_what_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "CHUNK_SCANS", 2)
+    for name in ("cut.tar", "cut.tar.gz"):
+        path = write_tar(tmp_path / name, 4)
+        path.write_bytes(path.read_bytes()[: 5 * path.stat().st_size // 8])
+        *whole, _, last = read_paths(path)
+        assert [type(one) for one in whole] == [Found] * 2 and isinstance(last, Failure)
+        assert "archive: must be a whole tar file" in last.reason
+
+
+def with_member(path: Path, name: str, data: bytes) -> None:
+    """An NPZ stack, one of whose arrays is these bytes."""
+    with zipfile.ZipFile(write_npz(path, 2)) as archive:
+        members = {one: archive.read(one) for one in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for one, content in (members | {f"{name}.npy": data}).items():
+            archive.writestr(one, content)
+
+
+def with_header(header: bytes) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+
+
+def changed(path: Path, where: bytes, by: bytes) -> None:
+    data = path.read_bytes()
+    assert data.count(where) == 1
+    path.write_bytes(data.replace(where, by))
+
+
+def npz_of_another_axis(path: Path) -> None:
+    changed(write_npz(path, 2), TWO_THETA.tobytes(), (TWO_THETA + 1.0).tobytes())
+
+
+def hdf5_of_a_damaged_axis(path: Path) -> None:
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        file["intensity"] = np.stack([counts(seed) for seed in range(2)])
+        options = {"chunks": TWO_THETA.shape, "compression": "gzip"}
+        where = file.create_dataset("two_theta", data=TWO_THETA, **options).id.get_chunk_info(0).byte_offset
+    data = path.read_bytes()
+    path.write_bytes(data[:where] + bytes(50) + data[where + 50 :])
+
+
+def packed_of_no_wavelength(path: Path) -> None:
+    scan = scan_of_points(TWO_THETA, counts(0), path="a.xy", stated=Radiation(0.7123))
+    pack(path, [scan])
+    changed(path, np.float64(0.7123).tobytes(), np.float64(np.nan).tobytes())
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("a.npz", npz_of_another_axis, "reader: must read the file, got BadZipFile"),
+        (
+            "a.npz",
+            lambda path: with_member(path, "two_theta", with_header(b"{'descr': (\n")),
+            "reader: must read the file, got TokenError",
+        ),
+        (
+            "a.npz",
+            lambda path: with_member(
+                path,
+                "intensity",
+                with_header(b"{'descr': '<f8', 'fortran_order': False, 'shape': (-1, 1701), }\n"),
+            ),
+            "intensity: must be (n_scans, n_points)",
+        ),
+        ("a.h5", hdf5_of_a_damaged_axis, "reader: must read the file, got OSError"),
+        ("a.scans.safetensors", packed_of_no_wavelength, "wavelength: must be finite"),
+    ],
+    ids=["axis.npz", "header.npz", "shape.npz", "axis.h5", "packed"],
+)
+def test_a_damaged_container_is_one_failure(tmp_path, name, damage, message):
+    if name.endswith(".h5"):
+        pytest.importorskip("h5py")
+    damage(tmp_path / name)
+    write_folder(tmp_path, 1)
+    found = read_paths(tmp_path)
+    (failure,) = (one for one in found if isinstance(one, Failure))
+    assert len(found) == 2 and failure.file == str(tmp_path / name)
+    assert message in failure.reason and "\n" not in failure.reason
+
+
+def test_without_h5py_the_others_are_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    (write_folder(tmp_path, 1) / "a.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    failure, found = read_paths(tmp_path)
+    assert isinstance(failure, Failure) and "got ModuleNotFoundError" in failure.reason
+    assert isinstance(found, Found)
 
 
 def test_hostile_npz(tmp_path):

@@ -218,6 +218,9 @@ class PackedScans:
             offset = small[name]
             if offset[0] != 0 or offset[-1] != self._tensors[target][1] or (np.diff(offset) < 0).any():
                 raise self._refusal(f"{name}: must rise from 0 to the length of {target}", "other values")
+        wavelength = small["wavelength"]
+        if not ((wavelength >= 0.0) & (wavelength < np.inf)).all():
+            raise self._refusal("wavelength: must be finite and >= 0 Angstrom", "other values")
         return small
 
     def _read_header(self) -> dict[str, tuple[int, int]]:

@@ -30,6 +30,7 @@ from typing import IO, Any
 
 from xrdfast.bragg import Radiation
 from xrdfast.data.formats.bounded import MAX_BYTES, read_bytes
+from xrdfast.data.formats.measured import one_line
 from xrdfast.data.scans import Scan, scans_of_content
 from xrdfast.errors import InputError, shown_path
 from xrdfast.screening.packed import SUFFIX, PackedScans
@@ -232,6 +233,8 @@ def read_chunk(chunk: Chunk, given: Radiation | None = None) -> Iterator[Found |
             yield _failure(path, "", -1, f"{shown_path(path)}: scans: must be at least one, got none")
     except InputError as error:
         yield _failure(path, "", -1, str(error))
+    except Exception as error:
+        yield _reader_failure(path, "", error)
 
 
 def find_again(file: str, member: str, index: int, sha256: str) -> Scan | None:
@@ -270,15 +273,10 @@ def _kind_of(path: str) -> str | None:
 def _count(kind: str, path: str) -> int:
     """Scans or members of a container; 0 where it cannot be opened, which reading will explain."""
     try:
-        container = _CONTAINERS[kind](path)
-    except InputError:
+        with contextlib.closing(_CONTAINERS[kind](path)) as container:
+            return len(container)
+    except Exception:
         return 0
-    try:
-        return len(container)
-    except InputError:
-        return 0
-    finally:
-        container.close()
 
 
 @contextlib.contextmanager
@@ -333,6 +331,12 @@ def _failure(file: str, member: str, index: int, reason: str) -> Failure:
     return Failure(scan_id, printable(file), printable(member), index, reason)
 
 
+def _reader_failure(file: str, member: str, error: Exception) -> Failure:
+    """Of an error that no reader should raise: the batch goes on and the table says so."""
+    name = shown_path(f"{file}::{member}" if member else file)
+    return _failure(file, member, -1, f"{name}: reader: must read the file, got {one_line(repr(error))}")
+
+
 def _read_content(
     data: bytes, file: str, member: str, given: Radiation | None, start: float
 ) -> Iterator[Found | Failure]:
@@ -350,9 +354,8 @@ def _read_content(
             start = time.perf_counter()
     except InputError as error:
         yield _failure(file, member, -1, str(error))
-    except (RecursionError, MemoryError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        # no reader should raise these; where one does, the batch goes on and the table says so
-        yield _failure(file, member, -1, f"{shown_path(name)}: reader: must read the file, got {error!r}")
+    except Exception as error:
+        yield _reader_failure(file, member, error)
 
 
 def _read_tar(chunk: Chunk, given: Radiation | None) -> Iterator[Found | Failure]:
@@ -405,7 +408,13 @@ class _Tar:
             raise
 
     def __len__(self) -> int:
-        return sum(1 for _ in self.members(0))
+        count = 0
+        try:
+            for _ in self.members(0):
+                count += 1
+        except InputError:
+            count += 1  # the place where reading says why it ends
+        return count
 
     def close(self) -> None:
         """Closes the archive."""

@@ -39,7 +39,7 @@ class _Stack:
         try:
             self._open()
             self._check()
-        except InputError:
+        except BaseException:
             self.close()
             raise
 
@@ -90,7 +90,11 @@ class _Stack:
         for name in ("intensity", "two_theta"):
             if name not in shapes:
                 raise self._refusal(f"{name}: must be there, got {', '.join(map(repr, shapes)) or 'nothing'}")
-        if len(shapes["intensity"]) != 2 or not 2 <= shapes["intensity"][1] <= _MAX_POINTS:
+        if (
+            len(shapes["intensity"]) != 2
+            or shapes["intensity"][0] < 0
+            or not 2 <= shapes["intensity"][1] <= _MAX_POINTS
+        ):
             raise self._refusal(
                 f"intensity: must be (n_scans, n_points), n_points in 2..{_MAX_POINTS}, got {shapes['intensity']}"
             )
