@@ -131,6 +131,17 @@ def test_memory_and_time_are_bounded(tmp_path: Path):
         assert used < TIME and peak < PEAK, (name, used, peak)
 
 
+def test_comments_are_passed_over_once():
+    """Each could match in two ways: 40 would take hours if all of them were tried."""
+    program = (
+        "from xrdfast.data.formats import recognise; print(recognise(b'; comment\\r\\n' * 40 + b'1 1\\n')[0])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=TIME
+    )
+    assert done.stdout == "columns of text\n"
+
+
 def test_a_directory_of_an_archive_may_lie_about_its_length(tmp_path: Path):
     path = tmp_path / "scan.brml"
     data = bytearray(written.brml())

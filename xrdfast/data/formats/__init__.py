@@ -45,7 +45,7 @@ _NOT_READ = {
 }
 _XML_ROOT = re.compile(rb"<(?![?!])(?:[\w.-]+:)?([\w.-]+)")
 _UXD = re.compile(
-    rb"^(?:[ \t]*(?:;[^\n]*)?\r?\n)*[ \t]*_(?:FILEVERSION|SAMPLE|DRIVE|STEPTIME|START)[ \t]*=", re.IGNORECASE
+    rb"^(?:[ \t]*(?:;[^\n]*)?\r?\n)*+[ \t]*_(?:FILEVERSION|SAMPLE|DRIVE|STEPTIME|START)[ \t]*=", re.IGNORECASE
 )
 _CIF = re.compile(rb"(?:[ \t]*(?:#[^\n]*)?\r?\n)*+[ \t]*data_", re.IGNORECASE)
 _RAS = b"*RAS_"
