@@ -94,6 +94,11 @@ def test_layouts(tmp_path, content):
             "axis: must be 2theta in degrees, got 'time of flight' in the header",
         ),
         ("q [1/nm], I\n10 1\n20 2\n", "axis: must be 2theta in degrees, got 'q \\[' in the header"),
+        ("#  q_nm^-1   I\n10 1\n20 2\n", "axis: must be 2theta in degrees, got 'q_nm\\^-1' in the header"),
+        ("#  q_A^-1   I\n1 1\n2 2\n", "axis: must be 2theta in degrees, got 'q_A\\^-1' in the header"),
+        ("#  2th_rad   I\n1 1\n2 2\n", "axis: must be 2theta in degrees, got '2th_rad' in the header"),
+        ("#  r_mm   I\n10 1\n20 2\n", "axis: must be 2theta in degrees, got 'r_mm' in the header"),
+        ("#  d*2_nm^-2   I\n1 1\n2 2\n", "axis: must be 2theta in degrees, got 'd\\*2_' in the header"),
     ],
 )
 def test_refusals_name_file_line_and_rule(tmp_path, content, message):
@@ -158,6 +163,11 @@ def test_round_trip(tmp_path, two_theta, data, separator):
         ("", "0.7", (0.7, "given", "")),
         ("# Wavelength: 1.5418 A\n", None, (1.54056, "file", "CuKa")),
         ("# lambda = 0.154056 nm\n", None, (1.54056, "file", "CuKa1")),
+        ("# Wavelength: 4.13529e-11 m\n", "CuKa", (0.413529, "file", "")),
+        ('# "wavelength": 1e-10,\n', None, (1.0, "file", "")),
+        ("Wavelength (nm): 0.15406\n", None, (1.5406, "file", "CuKa1")),
+        ("Wavelength [m] = 4.13529e-11\n", None, (0.413529, "file", "")),
+        ("# lambda 0.7 mirror\n", None, (0.7, "file", "")),
         ("# wavelength 70.93\n", None, (1.54056, "assumed", "CuKa")),  # no diffraction is done with that
         ("wavelength 0.413529\n", "CuKa", (0.413529, "file", "")),
     ],

@@ -20,7 +20,11 @@ _MAX_DIGITS = 15  # below 2^53
 _MAX_DECIMAL = _MAX_DIGITS + 2  # with sign and point
 _POWERS = 10.0 ** np.arange(_MAX_DECIMAL)
 _COMMENT = ("#", "!", "*", "%", "/", "'", ";")
-_OTHER_AXIS = re.compile(r"(time[ -]of[ -]flight|\btof\b|\bq\s*[\[(]|\bd[ -]spacing)", re.IGNORECASE)
+_OTHER_AXIS = re.compile(
+    r"time[ -]of[ -]flight|\btof\b|\bq\s*[\[(]|\bd[ -]spacing"
+    r"|\bq_(?:nm|a)\^-1|\b2th_rad\b|\br_mm?(?=\s)|\bd\*2_|q\.(?:n?m|a)\)",  # pyFAI's columns
+    re.IGNORECASE,
+)
 
 
 def read_columns(text: str) -> list[Measured]:

@@ -22,9 +22,13 @@ _HEADER = 1 << 16  # characters in which a text states its wavelength
 _PLAUSIBLE = (0.05, 10.0)  # Angstrom: what diffraction is done with
 _TITLE = 200
 _WAVELENGTH = re.compile(
-    r"(?:wave[ _-]*length|\blambda|λ)[^0-9\n]{0,40}?(\d{0,3}\.\d+)[ \t]*(nm|pm)?", re.IGNORECASE
+    r"(?:wave[ _-]*length|\blambda|λ)(?P<before>[^0-9\n]{0,40}?)(?P<value>\d{0,3}\.\d+(?:e[+-]?\d\d?)?|\d{1,3}e-\d\d?)"
+    r"(?:[ \t]*(?P<unit>[np]?m)(?![a-z]))?",
+    re.IGNORECASE,
 )
-_UNITS = {"nm": 10.0, "pm": 0.01}
+_UNIT_BEFORE = re.compile(r"(?<![a-z])([np]m)(?![a-z])|[(\[](m)[)\]]", re.IGNORECASE)
+_UNITS = {"nm": 10.0, "pm": 0.01, "m": 1e10}
+_METRES = 1e-8  # a smaller number without a unit is one of metres, as pyFAI keeps it
 # Ge(220), 2xGe111, Si (111): crystals that let K-alpha 1 pass alone. Not the mirror W/Si.
 _SPLITTING_CRYSTAL = re.compile(r"(?:Ge|Si)\s*\(?\s*\d{3}")
 
@@ -109,13 +113,23 @@ def splits_doublet(monochromator: str) -> bool:
 
 
 def radiation_in_text(text: str) -> Radiation | None:
-    """A wavelength written out in a header: `# Calibrated wavelength = 0.413529`, `lambda= 1.494`.
+    """A wavelength written out in a header: `# Calibrated wavelength = 0.413529`, `lambda= 1.494`, in Angstrom where
+    it has no unit.
 
     Example:
         >>> radiation_in_text("lambda=  1.49400, T= 300").wavelength
         1.494
+        >>> radiation_in_text("# Wavelength: 4.13529e-11 m").wavelength
+        0.413529
         >>> radiation_in_text("wavelength (nm) and counts") is None
         True
     """
     match = _WAVELENGTH.search(text[:_HEADER])
-    return stated_radiation(float(match[1]) * _UNITS.get((match[2] or "").lower(), 1.0)) if match else None
+    if match is None:
+        return None
+    value, unit = float(match["value"]), match["unit"]
+    if unit is None and (before := _UNIT_BEFORE.search(match["before"])):
+        unit = before[1] or before[2]
+    if unit is None and value < _METRES:
+        unit = "m"
+    return stated_radiation(value * _UNITS[unit.lower()] if unit else value)
