@@ -1,11 +1,17 @@
-"""Starting worker processes from whatever script the user wrote. Not for what the workers do."""
+"""How many worker processes to start, and how, from whatever script the user wrote. Not for what the workers do."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import types
 from collections.abc import Iterator
+
+
+def n_cores() -> int:
+    """Cores that this process may use, fewer than there are under taskset, in a container or a batch job."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

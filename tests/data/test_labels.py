@@ -127,6 +127,13 @@ def test_scripts_need_no_guard(tmp_path):
     assert ran.stdout == "begun\n{(221,)}\n" and ran.stderr == ""
 
 
+def test_a_worker_for_each_core_that_may_be_used(monkeypatch):
+    monkeypatch.setattr(labels, "_ATOMS_A_TASK", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
+    monkeypatch.delattr(labels, "_start")  # one is this process
+    assert [s.numbers for s in find_symmetries([IRON] * 3, (0.1,))] == [(221,)] * 3
+
+
 class Deadly:
     """Ends the process that unpickles it, as a crash in native code would."""
 

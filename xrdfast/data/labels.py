@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from xrdfast.processes import hidden_main
+from xrdfast.processes import hidden_main, n_cores
 
 # Atoms a task hands to a worker at once: small enough to share the load evenly.
 _ATOMS_A_TASK = 4000
@@ -115,7 +115,7 @@ def find_symmetries(
         progress: called with (structures done, N).
     """
     tasks = list(_tasks(cells))
-    n_workers = min(n_workers or os.cpu_count() or 1, len(tasks))
+    n_workers = min(n_workers or n_cores(), len(tasks))
     found: list[Symmetry] = []
     if n_workers <= 1:
         for task in tasks:
