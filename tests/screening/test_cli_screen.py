@@ -18,6 +18,7 @@ from tests.screening.scans_written import write_folder, write_npz
 from xrdfast.bragg import KA1_WAVELENGTH, Grid
 from xrdfast.cli import cli
 from xrdfast.models import build_model
+from xrdfast.screening import readers
 from xrdfast.training.checkpoint import ModelCard, save_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,9 +131,20 @@ def test_refusals(model, tmp_path, monkeypatch):
         assert done.exit_code == 2 and message in done.stderr, done.output
 
 
+def test_a_reader_for_each_core_that_may_be_used(model, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
+    monkeypatch.setattr(readers.Readers, "read", lambda self, chunks: asked.append(self._n_readers) or ())
+    run("screen", tmp_path, "-o", tmp_path / "out.parquet", "--model", model, "--device", "cpu")
+    assert set(asked) == {1}
+
+
 def test_pack(model, tmp_path):
-    folder, packed = write_folder(tmp_path / "scans", 2), tmp_path / "all.scans.safetensors"
-    assert run("pack", folder, "-o", packed).exit_code == 0
+    folder = write_folder(tmp_path / "scans", 2)
+    packed = folder / "all.scans.safetensors"
+    for _ in range(2):  # what is there already is none of the scans
+        done = run("pack", folder, "-o", packed)
+        assert done.exit_code == 0 and "2 scans, 0 failed" in done.stdout
     done = run("screen", packed, "-o", tmp_path / "out.parquet", "--model", model, "--readers", 0)
     assert done.exit_code == 0 and "2 answered" in done.stdout
     (folder / "bad.xy").write_text("nothing here\n")

@@ -142,6 +142,18 @@ def test_resuming_adds_new_files_alone(predictor, tmp_path, small_chunks):
         screener.screen([folder], other)
 
 
+def test_a_run_goes_on_from_another_folder(predictor, tmp_path, small_chunks, monkeypatch):
+    """Whose paths were relative, one chunk of which was not answered."""
+    write_folder(tmp_path / "scans", 3)
+    (tmp_path / "other").mkdir()
+    screener, output = Screener(predictor), tmp_path / "out.parquet"
+    monkeypatch.chdir(tmp_path)
+    assert screener.screen(["scans/*.xy"], "out.parquet", rank=0, n_ranks=2) == (2, 0)
+    monkeypatch.chdir(tmp_path / "other")
+    assert screener.screen([tmp_path / "scans"], output) == (1, 0)
+    assert [row["file"] for row in table(output)] == [f"{tmp_path}/scans/{i:04d}.xy" for i in range(3)]
+
+
 def test_a_full_disk_loses_nothing(predictor, tmp_path, small_chunks, monkeypatch):
     folder, output = write_folder(tmp_path / "scans", 6), tmp_path / "out.parquet"
     (folder / "0003.xy").write_text("nothing here\n")

@@ -92,6 +92,19 @@ def test_find_files(tmp_path, monkeypatch):
     assert "\\n" in read_paths(folder / "new\nline.xy" / "x")[0].reason
 
 
+def test_folders_nested_deeper_than_calls(tmp_path):
+    depth, folder = 1200, str(tmp_path)
+    for _ in range(depth):
+        os.mkdir(folder := f"{folder}/d")
+    Path(folder, "a.xy").write_text("")
+    (tmp_path / "z.xy").write_text("")
+    assert list(map(os.path.basename, find_files([tmp_path]))) == ["a.xy", "z.xy"]
+    os.remove(f"{folder}/a.xy")
+    for _ in range(depth):  # pytest's own removal calls itself
+        os.rmdir(folder)
+        folder = os.path.dirname(folder)
+
+
 def test_bytes_that_are_no_text_in_a_name(tmp_path):
     (tmp_path / "a\udcff.xy").write_text("10 1\n20 2\n30 1\n")
     (found,) = read_paths(tmp_path)

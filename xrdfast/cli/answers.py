@@ -296,6 +296,7 @@ def screen(
     """
     from xrdfast.errors import InputError
     from xrdfast.prediction import SymmetryPredictor
+    from xrdfast.processes import n_cores
     from xrdfast.screening.pipeline import Screener, rank_of_environment
     from xrdfast.screening.watching import Watch
     from xrdfast.terminal import screening_progress
@@ -307,7 +308,7 @@ def screen(
         raise click.UsageError("--watch goes with --engine local")
     if device == "cuda" and engine == "ray":
         raise click.UsageError("--device cuda goes with --engine local")
-    n_readers = (os.cpu_count() or 1) if readers is None else readers
+    n_readers = n_cores() if readers is None else readers
     predictor = SymmetryPredictor.load(model, local_device("cpu" if engine == "ray" else device, "--device"))
     screener = Screener(predictor, wavelength=wavelength, top_k=top, batch_size=batch, n_readers=n_readers)
     done = (0, 0)
@@ -389,7 +390,7 @@ def pack(paths: tuple[Path, ...], output: Path, wavelength: float | None) -> Non
 
     def scans() -> Iterable[Any]:
         nonlocal failed
-        for chunk in find_chunks(find_files(paths)):
+        for chunk in find_chunks(find_files(paths, lambda path: path == os.path.abspath(output))):
             for found in read_chunk(chunk, given):
                 if isinstance(found, Failure):
                     failed += 1

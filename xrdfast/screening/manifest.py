@@ -81,6 +81,7 @@ class Manifest:
     def extend(self, files: Iterable[str]) -> Iterator[tuple[int, Chunk]]:
         """Adds chunks of files that are in none yet, and gives each when it is safely noted.
 
+        Their paths are noted from the root, so that a run may go on from another working directory.
         Closing the iterator half way is fine: what was not given will be found again.
         """
         with self._locked():
@@ -94,10 +95,10 @@ class Manifest:
                     begun[whole[0]] = chunk.end
                 else:
                     known.update(whole)
-            new = (path for path in files if os.path.abspath(path) not in known)
+            new = (path for path in map(os.path.abspath, files) if path not in known)
             with self._writing() as file:
                 for chunk in find_chunks(new):
-                    if chunk.kind != "files" and chunk.begin < begun.get(os.path.abspath(chunk.paths[0]), 0):
+                    if chunk.kind != "files" and chunk.begin < begun.get(chunk.paths[0], 0):
                         continue
                     file.write(json.dumps(chunk.to_dict()).encode() + b"\n")
                     file.flush()

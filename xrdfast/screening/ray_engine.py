@@ -51,7 +51,7 @@ def screen_with_ray(
     manifest = Manifest(output, run)
     own = {str(output), str(manifest.parts), str(errors_path(output))}
     everything = [*manifest.chunks()]
-    everything += manifest.extend(find_files(map(os.path.abspath, paths), lambda path: path in own))
+    everything += manifest.extend(find_files(paths, lambda path: path in own))
     kept = manifest.n_kept
     todo = [
         {"number": number, "chunk": chunk}

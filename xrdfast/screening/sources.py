@@ -163,25 +163,26 @@ def find_files(
     given: set[str] = set()
 
     def walk(path: str) -> Iterator[str]:
-        if skip(os.path.abspath(path)):
-            return
-        if not os.path.isdir(path):
-            if (whole := os.path.abspath(path)) not in given:
-                given.add(whole)
-                yield path
-            return
-        try:
-            status = os.stat(path)
-            names = sorted(os.listdir(path))
-        except OSError:
-            yield path  # reading it says why
-            return
-        if (key := (status.st_dev, status.st_ino)) in entered:
-            return
-        entered.add(key)
-        for name in names:
-            if not name.startswith("."):
-                yield from walk(os.path.join(path, name))
+        waiting = [path]  # the next one last; folders may be nested deeper than calls
+        while waiting:
+            path = waiting.pop()
+            whole = os.path.abspath(path)
+            if skip(whole):
+                continue
+            if not os.path.isdir(path):
+                if whole not in given:
+                    given.add(whole)
+                    yield path
+                continue
+            try:
+                status = os.stat(path)
+                names = sorted(os.listdir(path), reverse=True)
+            except OSError:
+                yield path  # reading it says why
+                continue
+            if (key := (status.st_dev, status.st_ino)) not in entered:
+                entered.add(key)
+                waiting += [os.path.join(path, name) for name in names if not name.startswith(".")]
 
     for path in map(os.fspath, paths):
         if not os.path.lexists(path) and glob.has_magic(path):
