@@ -31,6 +31,7 @@ from xrdfast.screening import pipeline, sources
 from xrdfast.screening.manifest import Manifest
 from xrdfast.screening.packed import pack
 from xrdfast.screening.pipeline import Screener, rank_of_environment
+from xrdfast.screening.readers import Readers
 from xrdfast.screening.results import SCHEMA, write_table
 from xrdfast.screening.sources import Chunk
 from xrdfast.suspicion import N_OWN_FEATURES
@@ -276,6 +277,41 @@ def test_reader_processes_give_the_same(predictor, tmp_path, small_chunks):
         done = Screener(predictor, n_readers=n_readers).screen(paths, tmp_path / f"{n_readers}.parquet")
         assert done == (11, 0)
     assert table(tmp_path / "0.parquet") == table(tmp_path / "2.parquet")
+
+
+def test_a_reader_that_dies_takes_nothing_with_it(tmp_path):
+    """Chunks that were with it are read again, apart from those that new readers have by then."""
+    paths = sorted(map(str, write_folder(tmp_path / "scans", 8).iterdir()))
+    with Readers(2, None, False) as readers:
+
+        def chunks():
+            for number, path in enumerate(paths):
+                if number == 3:
+                    for process in readers._pool._processes.values():
+                        process.kill()
+                yield number, Chunk("files", (path,))
+
+        pools = []
+        for number, _, (scan,) in readers.read(chunks()):
+            assert scan.file == paths[number] and scan.n_points == 1701
+            pools.append(readers._pool)
+    assert len(pools) == 8 and pools[0] is None and len(set(pools[1:])) == 1
+
+
+class _Deadly(str):
+    """Ends the process that unpickles it, as a crash in native code would."""
+
+    def __reduce__(self) -> tuple:
+        return os._exit, (3,)
+
+
+def test_a_file_that_ends_its_reader_is_one_failure(tmp_path):
+    first, *paths = sorted(map(str, write_folder(tmp_path / "scans", 4).iterdir()))
+    chunks = [Chunk("files", (first, _Deadly("bad.xy"))), *(Chunk("files", (path,)) for path in paths)]
+    with Readers(2, None, False) as readers:
+        found = [scan for *_, scans in readers.read(enumerate(chunks)) for scan in scans]
+    assert [scan.file for scan in found] == [first, "bad.xy", *paths]
+    assert "must survive the file" in found[1].reason
 
 
 def test_readers_need_no_torch(tmp_path):

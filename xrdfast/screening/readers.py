@@ -8,7 +8,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from xrdfast.bragg import Radiation
@@ -41,9 +41,10 @@ class Readers:
 
     def read(self, chunks: Iterable[tuple[int, Chunk]]) -> Iterator[tuple[int, Chunk, Scans | None]]:
         """Chunks with their prepared scans, in order, at most `n_readers` + 2 on their way; None: still to be read."""
-        waiting: deque[tuple[int, Chunk, Future[Scans] | None]] = deque()
+        waiting: deque[tuple[int, Chunk, Future[Scans] | None, ProcessPoolExecutor | None]] = deque()
         for number, chunk in chunks:
-            waiting.append((number, chunk, None if chunk.kind == "packed" else self._submit(chunk)))
+            future = None if chunk.kind == "packed" else self._submit(chunk)
+            waiting.append((number, chunk, future, self._pool))
             if len(waiting) > (self._n_readers and self._n_readers + 1):
                 yield self._result(*waiting.popleft())
         while waiting:
@@ -69,13 +70,15 @@ class Readers:
             return broken
 
     def _result(
-        self, number: int, chunk: Chunk, future: Future[Scans] | None
+        self, number: int, chunk: Chunk, future: Future[Scans] | None, pool: ProcessPoolExecutor | None
     ) -> tuple[int, Chunk, Scans | None]:
         try:
             return number, chunk, None if future is None else future.result()
-        except BrokenProcessPool:
-            self._stop()
-            return number, chunk, [scan for piece in _singles(chunk) for scan in self._alone(piece)]
+        except (BrokenProcessPool, CancelledError):
+            if pool is self._pool:  # else this one has a new pool already, and other chunks are in it
+                self._stop()
+            with Readers(1, self._given, self._whole) as apart:
+                return number, chunk, [scan for piece in _singles(chunk) for scan in apart._alone(piece)]
 
     def _alone(self, chunk: Chunk) -> Scans:
         """A chunk, with no other beside it that could be to blame."""
