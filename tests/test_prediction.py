@@ -19,6 +19,7 @@ from xrdfast.lines import simulate_structure_lines
 from xrdfast.models import build_model
 from xrdfast.posterior import Calibration
 from xrdfast.prediction import SUPERCLASSES, SymmetryPredictor
+from xrdfast.screening.pipeline import Screener
 from xrdfast.symmetry import SYMBOLS, TASKS, class_index, class_names
 from xrdfast.training.checkpoint import ModelCard, save_model
 
@@ -149,6 +150,18 @@ def test_the_file_states_the_wavelength(tmp_path, predictor):
     with pytest.raises(InputError, match=r"scan: must be chosen in a file of 2: 0 \("):
         predictor.predict_file(path)
     assert predictor.predict_file(path, scan=1).candidates == answer.candidates
+
+
+def test_a_doublet_states_k_alpha_1_of_a_list_of_lines(tmp_path, predictor):
+    """As `read` has it, and so screening and `match`."""
+    path = tmp_path / "lines.xy"
+    path.write_text("# lambda 1.54184\n" + "".join(f"{x} {y}\n" for x, y in LINES))
+    answer = predictor.predict_file(path)
+    (row,) = Screener(predictor).run([path])
+    assert (answer.kind, answer.wavelength, answer.wavelength_source) == ("sticks", COPPER, "file")
+    assert (row["kind"], row["wavelength"], row["wavelength_source"]) == ("sticks", COPPER, "file")
+    assert row["space_group"] == [c.space_group_number for c in answer.candidates]
+    assert row["probability"] == pytest.approx([c.probability for c in answer.candidates], abs=1e-5)
 
 
 def test_files_choose_their_kind(tmp_path, predictor):

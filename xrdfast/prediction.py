@@ -296,9 +296,9 @@ class SymmetryPredictor:
         measured = read(path, wavelength=wavelength, scan=scan)
         chosen = kind if kind != "auto" else "scan" if is_scan(measured.two_theta) else "sticks"
         predict = self.predict_scan if chosen == "scan" else self.predict_sticks
-        known = None  # lines and scans assume their own
-        if measured.wavelength_source != "assumed":  # the mean stands for the doublet
-            known = radiations()[measured.radiation] if measured.is_doublet else measured.wavelength
+        known, is_doublet = None, chosen == "scan" and measured.is_doublet  # lines and scans assume their own
+        if measured.wavelength_source != "assumed":  # for scans the mean stands for the doublet
+            known = radiations()[measured.radiation] if is_doublet else measured.wavelength
         try:
             answer = predict(
                 measured.two_theta, measured.intensity, wavelength=known, n_candidates=n_candidates
