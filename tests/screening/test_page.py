@@ -244,5 +244,12 @@ def test_ten_thousand_rows_stay_quick(browser, many, tmp_path):
         "document.querySelector('.row') && +document.getElementById('window').style.top.slice(0, -2) > 1e5",
     )
     assert len(page.query_selector_all(".row")) < 40
+    listed = json.loads(packed((tmp_path / "many.html").read_text(), "content"))["rows"]["space_group"]
+    n_found = sum(groups[0] == 19 for groups in listed)
+    for symbol in ("P212121", "p2_12_12_1"):
+        page.fill("#find", symbol)
+        wait_until(page, f"document.getElementById('count').textContent === '{n_found} of 10,000'")
+    page.fill("#find", "")
+    wait_until(page, "document.getElementById('count').textContent === '10,000 of 10,000'")
     page.click(".row >> nth=8")
     assert "stored thumbnail" in page.inner_text("#caption") and wrong == []

@@ -118,7 +118,7 @@ function show() {
     if ($("noted").checked && !rows.notes.at[i].length) continue;
     if ($("assumed").checked && texts(rows.wavelength_source, i) !== "assumed") continue;
     if (find && !rows.scan_id[i].toLowerCase().includes(find) && find !== String(number) &&
-      data.symbols[number - 1].replace("_", "").toLowerCase() !== find.replace("_", "") &&
+      data.symbols[number - 1].replaceAll("_", "").toLowerCase() !== find.replaceAll("_", "") &&
       !notesOf(i).some((note) => note.toLowerCase().includes(find))) continue;
     order.push(i);
   }
