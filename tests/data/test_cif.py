@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 
 import numpy as np
@@ -15,6 +16,7 @@ from pymatgen.io.cif import CifWriter
 
 from xrdfast.data import cif
 from xrdfast.data.cif import read_cif
+from xrdfast.data.formats import bounded
 from xrdfast.data.structures import PackedStructures, Rejected, load_structures, to_pymatgen
 from xrdfast.errors import InputError
 from xrdfast.ops.simulate import simulate_lines
@@ -129,6 +131,15 @@ def test_hexagonal_and_rhombohedral_settings_are_one_crystal(tmp_path):
     for lines in others:
         np.testing.assert_allclose(lines.two_theta, first.two_theta, atol=2e-4)
         np.testing.assert_allclose(lines.intensity, first.intensity, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "stated", ["_symmetry_space_group_name_H-M 'R -3 m'\n", "_symmetry_Int_Tables_number 166\n"]
+)
+def test_obtuse_rhombohedral_cells(tmp_path, stated):
+    cell = CELL.format(5, 5, 5, 110, 110) + "_cell_angle_gamma 110\n"
+    crystal = one(tmp_path, cell, stated, SITES + "Fe 0 0 0\nO 0.2 0.2 0.2\n")
+    assert len(crystal.atomic_number) == 3 and crystal.space_group_published.tolist() == [166]
 
 
 @pytest.mark.parametrize(("setting", "place"), [(":1", 0.0), (" S", 0.0), (":2", 0.125), (" Z", 0.125)])
@@ -429,10 +440,13 @@ def test_files_that_are_no_cif_are_refused(tmp_path, content, message):
 
 
 def test_what_cannot_be_read_is_refused(tmp_path, monkeypatch):
-    for path in (tmp_path / "absent.cif", tmp_path):
-        with pytest.raises(InputError, match="file: must be readable"):
+    with pytest.raises(InputError, match=r"absent\.cif: file: must be readable"):
+        read_cif(tmp_path / "absent.cif")
+    os.mkfifo(tmp_path / "pipe.cif")
+    for path in (tmp_path / "pipe.cif", tmp_path):
+        with pytest.raises(InputError, match="file: must be a regular file"):
             read_cif(path)
-    monkeypatch.setattr(cif, "_MAX_BYTES", 10)
+    monkeypatch.setattr(bounded, "MAX_BYTES", 10)
     with pytest.raises(InputError, match="size: must be at most 10 bytes, got"):
         read(tmp_path, "data_x\n" + CUBIC)
 

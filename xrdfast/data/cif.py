@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xrdfast.data.cif_syntax import column_of, numbers_of, parse_blocks, text_of
+from xrdfast.data.formats.bounded import read_bytes
 from xrdfast.data.structures import PackedStructures, Rejected, from_arrays
 from xrdfast.errors import InputError
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from gemmi import GroupOps
     from gemmi.cif import Block
 
-_MAX_BYTES = 64 << 20
 _MAX_SITES = 20_000  # of one cell, after expansion
 _MAX_OPERATOR = 200  # characters
 _MAX_OPERATORS = 1024  # 192 in the largest conventional cell; more in a supercell that lists its translations
@@ -91,7 +91,7 @@ def read_cif(path: str | Path, name: str | None = None) -> tuple[PackedStructure
     words are repaired.
 
     Args:
-        path: a text file of at most 64 MB, with at most 1,000 blocks and 20,000 atoms a cell.
+        path: a regular text file of at most 64 MB, with at most 1,000 blocks and 20,000 atoms a cell.
         name: what structures are called; None for the file's name.
 
     Returns:
@@ -136,14 +136,7 @@ def _has_sites(block: Block) -> bool:
 
 def _read_blocks(path: Path) -> list[Block]:
     try:
-        size = path.stat().st_size
-        if size > _MAX_BYTES:
-            raise InputError(f"{path}: size: must be at most {_MAX_BYTES} bytes, got {size}")
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: file: must be readable, got {error.strerror or error}") from error
-    try:
-        return parse_blocks(data)
+        return parse_blocks(read_bytes(path))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
@@ -152,16 +145,16 @@ def _read_block(block: Block) -> tuple[NDArray[np.float64], _Sites, int]:
     """Lattice (3, 3), the atoms of the whole cell, and the stated space-group number (0 where none)."""
     if not column_of(block, "_atom_site_fract_x"):
         raise InputError("atoms: must be listed with fractional coordinates, got none")
-    lattice, gamma = _lattice(block)
+    lattice, angles = _lattice(block)
     sites = _sites(block, lattice)
-    stated, number = _stated_group(block, gamma)
+    stated, number = _stated_group(block, angles)
     rotations, translations = _operators(block, stated)
     _check_metric(lattice, rotations)
     return lattice, _expand(sites, lattice, rotations, translations), number
 
 
-def _lattice(block: Block) -> tuple[NDArray[np.float64], float]:
-    """Rows a along x, b in the xy plane, c, in Angstrom; and gamma in degrees."""
+def _lattice(block: Block) -> tuple[NDArray[np.float64], list[float]]:
+    """Rows a along x, b in the xy plane, c, in Angstrom; and alpha, beta, gamma in degrees."""
     from gemmi import UnitCell
 
     lengths = [_number(block, f"_cell_length_{axis}", None) for axis in "abc"]
@@ -175,7 +168,7 @@ def _lattice(block: Block) -> tuple[NDArray[np.float64], float]:
     lattice = np.array(UnitCell(*lengths, *angles).orth.mat.tolist(), dtype=np.float64).T
     if not (np.isfinite(lattice).all() and np.linalg.det(lattice) > 1.0):
         raise InputError(f"cell: must have a volume above 1 Angstrom^3, got angles {angles}")
-    return lattice, angles[2]
+    return lattice, angles
 
 
 def _check_metric(lattice: NDArray[np.float64], rotations: NDArray[np.float64]) -> None:
@@ -272,10 +265,11 @@ def _b_iso(block: Block, labels: list[str], lattice: NDArray[np.float64]) -> NDA
     return np.where(np.isfinite(b), b, 0.0)
 
 
-def _stated_group(block: Block, gamma: float) -> tuple[GroupOps | None, int]:
+def _stated_group(block: Block, angles: list[float]) -> tuple[GroupOps | None, int]:
     """Operators by the Hall symbol, the Hermann-Mauguin symbol or the number; and the published number."""
     import gemmi
 
+    alpha, _, gamma = angles  # they tell the axes of R groups
     group = operators = None
     if hall := text_of(block, *_HALL).rstrip("\"' "):
         try:
@@ -286,12 +280,12 @@ def _stated_group(block: Block, gamma: float) -> tuple[GroupOps | None, int]:
     name = re.sub(r"[()]", "", text_of(block, *_HERMANN_MAUGUIN)).strip()
     # ICSD writes the origin as a letter after the name
     name = re.sub(r" S$", ":1", re.sub(r" Z$", ":2", name))
-    group = group or (gemmi.find_spacegroup_by_name(name, 90.0, gamma) if name else None)
+    group = group or (gemmi.find_spacegroup_by_name(name, alpha, gamma) if name else None)
     stated = next((text for tag in _NUMBER if (text := text_of(block, tag))), "")
     number = int(stated) if re.fullmatch(r"\d{1,3}", stated) and 1 <= int(stated) <= 230 else 0
     if number and not (group or name or hall):
         # By its symbol, which takes the rhombohedral axes where the cell has them
-        group = gemmi.find_spacegroup_by_name(gemmi.find_spacegroup_by_number(number).hm, 90.0, gamma)
+        group = gemmi.find_spacegroup_by_name(gemmi.find_spacegroup_by_number(number).hm, alpha, gamma)
     if operators is None and group is not None:
         operators = group.operations()
     return operators, number or (group.number if group else 0)
