@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import xrdfast
 from xrdfast.data.formats import bounded, columns
-from xrdfast.data.scans import Scan
+from xrdfast.data.scans import Scan, scan_of_points
 from xrdfast.errors import InputError
 
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -112,6 +112,9 @@ def test_sizes_are_bounded(tmp_path, monkeypatch):
     for content in ("10 1\n20 2\n30 3\n", "10;1\n20;2\n30;3\n"):
         with pytest.raises(InputError, match="lines: must be at most 2, got 3"):
             read(tmp_path, content)
+    two_theta = np.linspace(1.0, 100.0, (1 << 18) + 1)
+    with pytest.raises(InputError, match="points: must be at most 262144, got 262145"):
+        scan_of_points(two_theta, np.ones(len(two_theta)), path="scan.xy")
     monkeypatch.setattr(bounded, "MAX_BYTES", 10)
     with pytest.raises(InputError, match="size: must be at most 10 bytes, got 12"):
         read(tmp_path, "10 1\n20 222\n")

@@ -232,6 +232,26 @@ def test_without_h5py_the_others_are_read(tmp_path, monkeypatch):
     assert isinstance(found, Found)
 
 
+def test_a_compressed_tar_of_many_members_that_hold_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_MAX_SKIPPED", 1 << 20)
+    path = tmp_path / "bomb.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        info = tarfile.TarInfo("zeros.xy")
+        info.size = 1 << 20
+        for _ in range(30):
+            tar.addfile(info, io.BytesIO(bytes(info.size)))
+    *before, last = read_paths(path)
+    assert len(before) < 10 and "members: must end within" in last.reason
+
+
+def test_an_npz_of_a_long_directory(tmp_path):
+    path = write_npz(tmp_path / "long.npz", 1)
+    with zipfile.ZipFile(path, "a") as archive:
+        for i in range(18):
+            archive.writestr(chr(ord("a") + i) * 60_000, "")
+    assert "directory of at most" in only_failure(path)
+
+
 def test_hostile_npz(tmp_path):
     path = tmp_path / "stack.npz"
     np.savez(path, intensity=np.array([[{}, 1]], dtype=object), two_theta=np.arange(2.0))

@@ -21,6 +21,7 @@ from xrdfast.data.formats.measured import Measured
 from xrdfast.data.peaks import is_scan
 from xrdfast.errors import InputError, shown_path
 
+MAX_POINTS = 1 << 18  # the longest measured scans have 1e5
 _DIP = 0.05  # of the maximum: a background-corrected scan goes this far below zero
 _ASSUMED = "CuKa"
 _LISTED = 8  # scans that a message names
@@ -75,7 +76,7 @@ def read(path: str | Path, *, wavelength: str | float | None = None, scan: int |
     which. A stated weighted mean, such as 1.5418, means the doublet.
 
     Args:
-        path: a regular file of at most 64 MB, unpacked too.
+        path: a regular file of at most 64 MB, unpacked too, with at most 262,144 points a scan.
         wavelength: Angstrom, or a name such as "CoKa", for a file that states none.
         scan: index, from 0, in a file of several; needed there.
 
@@ -221,6 +222,8 @@ def _check_points(two_theta: NDArray[np.float64], intensity: NDArray[np.float64]
     """The rules of every scan."""
     if len(two_theta) < 2 or len(two_theta) != len(intensity):
         raise InputError(f"points: must be at least 2, got {len(two_theta)}")
+    if len(two_theta) > MAX_POINTS:
+        raise InputError(f"points: must be at most {MAX_POINTS}, got {len(two_theta)}")
     lowest, maximum = float(intensity.min()), float(intensity.max())  # NaN where there is one
     if not (
         (two_theta[1:] > two_theta[:-1]).all()

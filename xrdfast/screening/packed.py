@@ -23,14 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xrdfast.bragg import Radiation, radiation_of
-from xrdfast.data.scans import Scan, scan_of_points
+from xrdfast.data.scans import MAX_POINTS, Scan, scan_of_points
 from xrdfast.errors import InputError, shown_path
 
 FORMAT = "xrdfast-scans"
 SUFFIX = ".scans.safetensors"
 _VERSION = "1"
 _MAX_HEADER = 1 << 20
-_MAX_POINTS = 1 << 23  # of a scan, as a file of 64 MB has
 _COPY_BYTES = 1 << 22
 _EVEN = 1e-6  # degrees: steps that differ by less are equal
 # Dtype and index of the length in the header; wide ones first keep all of them aligned.
@@ -165,8 +164,8 @@ class PackedScans:
         """
         small = self._small
         begin, end = self._span("offset", index)
-        if not 2 <= end - begin <= _MAX_POINTS:
-            raise InputError(f"points: must be in 2..{_MAX_POINTS}, got {end - begin}")
+        if not 2 <= end - begin <= MAX_POINTS:
+            raise InputError(f"points: must be in 2..{MAX_POINTS}, got {end - begin}")
         intensity = self._read("intensity", begin, end).astype(np.float64)
         start, step = float(small["start"][index]), float(small["step"][index])
         if step:

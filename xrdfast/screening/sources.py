@@ -38,7 +38,10 @@ from xrdfast.screening.stacks import Hdf5Stack, NpzStack
 
 CHUNK_FILES = 128
 CHUNK_SCANS = 256  # of a container; a chunk is what a killed run does again
-_MAX_SKIPPED = 1 << 30  # bytes of one member of a compressed tar; the next lies behind it
+_MAX_SKIPPED = (
+    1 << 30
+)  # bytes that a compressed tar of any size may unpack to; what lies ahead is unpacked to skip it
+_BOMB = 200  # to 1, beyond these bytes: no measured scans pack like that
 _TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
 _KINDS = {
     ".tar": "tar",
@@ -402,6 +405,7 @@ class _Tar:
     def __init__(self, path: str) -> None:
         self._path = path
         self._file = _Bounded(_open_archive(path))
+        self._longest = _MAX_SKIPPED + _BOMB * os.path.getsize(path)
         try:
             self._rewind()
         except InputError:
@@ -428,8 +432,9 @@ class _Tar:
         try:
             while (member := self._tar.next()) is not None:
                 self._tar.members = []  # else tarfile keeps every one
-                if member.size > _MAX_SKIPPED and self._file.compressed:
-                    raise InputError(f"member {member.name[:200]!r}: must have at most {_MAX_SKIPPED} bytes")
+                if (end := member.offset_data + member.size) > self._longest and self._file.compressed:
+                    rule = f"members: must end within {self._longest} bytes, unpacked, of an archive of this size"
+                    raise InputError(f"{shown_path(self._path)}: {rule}, got {end}")
                 if member.isdir():
                     continue
                 self._position += 1

@@ -15,15 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xrdfast.bragg import Radiation, radiation_of
-from xrdfast.data.formats.bounded import MAX_BYTES
-from xrdfast.data.scans import Scan, scan_of_points
+from xrdfast.data.formats.bounded import MAX_BYTES, open_zip
+from xrdfast.data.scans import MAX_POINTS, Scan, scan_of_points
 from xrdfast.errors import InputError, shown_path
 
 if TYPE_CHECKING:
     import h5py
 
 _NAMES = ("intensity", "two_theta", "wavelength")
-_MAX_POINTS = 1 << 23  # of a scan, as a file of 64 MB has
+_MAX_VALUES = MAX_BYTES // 8  # that are read at once: of one axis, or of wavelengths
 _MAX_RATIO = 1100  # deflate packs 1,032 to 1 at most
 _BOMB = 200  # to 1, of more than 64 MB: no measured counts pack like that
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError)
@@ -93,10 +93,10 @@ class _Stack:
         if (
             len(shapes["intensity"]) != 2
             or shapes["intensity"][0] < 0
-            or not 2 <= shapes["intensity"][1] <= _MAX_POINTS
+            or not 2 <= shapes["intensity"][1] <= MAX_POINTS
         ):
             raise self._refusal(
-                f"intensity: must be (n_scans, n_points), n_points in 2..{_MAX_POINTS}, got {shapes['intensity']}"
+                f"intensity: must be (n_scans, n_points), n_points in 2..{MAX_POINTS}, got {shapes['intensity']}"
             )
         if shapes["two_theta"] not in (shapes["intensity"][1:], shapes["intensity"]):
             raise self._refusal(f"two_theta: must be (n_points,) or as intensity, got {shapes['two_theta']}")
@@ -159,9 +159,9 @@ class Hdf5Stack(_Stack):
             raise self._refusal(f"wavelength: must be a number, got {error}") from error
 
     def _whole(self, name: str) -> NDArray[np.float64]:
-        if self._data[name].size > _MAX_POINTS:
+        if self._data[name].size > _MAX_VALUES:
             raise self._refusal(
-                f"{name}: must have at most {_MAX_POINTS} values, got {self._data[name].size}"
+                f"{name}: must have at most {_MAX_VALUES} values, got {self._data[name].size}"
             )
         return np.atleast_1d(np.asarray(self._data[name][()], np.float64))
 
@@ -188,7 +188,11 @@ class NpzStack(_Stack):
         self._types: dict[str, np.dtype[Any]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         try:
-            self._archive = zipfile.ZipFile(self.path)
+            self._file = open(self.path, "rb")  # noqa: SIM115 (closed by `close`)
+            try:
+                self._archive = open_zip(self._file)
+            except InputError as error:
+                raise self._refusal(str(error)) from error
             members = {info.filename: info for info in self._archive.infolist()}
             for name in _NAMES:
                 if (info := members.get(f"{name}.npy")) is None:
@@ -226,8 +230,8 @@ class NpzStack(_Stack):
 
     def _whole(self, name: str) -> NDArray[np.float64]:
         n = int(np.prod(self.shapes[name], dtype=object))
-        if n > _MAX_POINTS:
-            raise self._refusal(f"{name}: must have at most {_MAX_POINTS} values, got {n}")
+        if n > _MAX_VALUES:
+            raise self._refusal(f"{name}: must have at most {_MAX_VALUES} values, got {n}")
         return self._values(name, n)
 
     def _row(self, name: str, index: int) -> NDArray[np.float64]:
@@ -252,3 +256,5 @@ class NpzStack(_Stack):
         """Closes the file."""
         if hasattr(self, "_archive"):
             self._archive.close()
+        if hasattr(self, "_file"):
+            self._file.close()

@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 from xml.parsers import expat
 
 from xrdfast.errors import InputError
@@ -26,8 +26,6 @@ _MAX_TAGS = 1_000_000  # of an XML document; one point a tag at most
 _MAX_DEPTH = 100
 _MAX_TEXT = 1000  # characters kept of an element's text
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-_DIRECTORY_END = b"PK\x05\x06"
-_ZIP64_LOCATOR = b"PK\x06\x07"
 # of zipfile on damaged content; NotImplementedError is a RuntimeError
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError, struct.error)
 
@@ -92,24 +90,40 @@ def decompress(data: bytes) -> bytes:
     raise InputError(f"size: must be at most {MAX_BYTES} bytes in {_MAX_STREAMS} streams, got more in {name}")
 
 
+class _InPieces:
+    """A binary file that gives no more than a directory may have at once."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        """`size` bytes, or what is left."""
+        if size > _MAX_DIRECTORY:
+            raise InputError(f"archive: must have a directory of at most {_MAX_DIRECTORY} bytes, got {size}")
+        return self._file.read(size)
+
+
+def open_zip(file: IO[bytes]) -> zipfile.ZipFile:
+    """A ZIP archive whose directory is not too long: zipfile reads the whole of it, whatever it has.
+
+    Raises:
+        InputError: for a directory of more than 1 MB.
+        BadZipFile: and what else zipfile raises, for a damaged archive.
+    """
+    zipfile.ZipFile(_InPieces(file))  # type: ignore[call-overload]
+    return zipfile.ZipFile(file)
+
+
 def unzip(data: bytes, wanted: Callable[[str], bool]) -> dict[str, bytes]:
     """Members of a ZIP archive by name, those wanted.
 
     Raises:
         InputError: for a damaged or encrypted archive, more than 64 MB in all, or a method other than deflate.
     """
-    # zipfile reads a directory of any length: look at its stated length first
-    tail = data[-(1 << 16) - 22 :]
-    if _ZIP64_LOCATOR in tail:
-        raise InputError("archive: must be a plain ZIP file, got a ZIP64 one")
-    at = tail.find(_DIRECTORY_END)
-    while at >= 0 and len(tail) - at >= 16:
-        if (size := struct.unpack_from("<I", tail, at + 12)[0]) > _MAX_DIRECTORY:
-            raise InputError(f"archive: must have a directory of at most {_MAX_DIRECTORY} bytes, got {size}")
-        at = tail.find(_DIRECTORY_END, at + 1)
     members, left = {}, MAX_BYTES
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        with open_zip(io.BytesIO(data)) as archive:
             for info in archive.infolist():
                 if not wanted(info.filename) or info.filename in members:
                     continue
