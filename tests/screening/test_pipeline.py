@@ -447,6 +447,37 @@ def test_watching_a_folder(predictor, tmp_path):
     assert len(table(output)) == 2
 
 
+def test_watching_joins_what_is_worth_it(predictor, tmp_path, monkeypatch):
+    """And all of it at the end; ended for good in between, a run goes on without loss."""
+
+    class Ended(BaseException):
+        pass
+
+    folder, output = write_folder(tmp_path / "scans", 20), tmp_path / "out.parquet"
+    screener, lengths = Screener(predictor), []
+
+    def look() -> bool:
+        lengths.append(len(table(output)) if output.exists() else 0)
+        if len(lengths) == 2 and not (folder / "0020.xy").exists():
+            write_folder(folder, 1, first=20)
+        if len(lengths) == 4:
+            raise Ended
+        return True
+
+    with pytest.raises(Ended):
+        screener.screen([folder], output, watch=look)
+    assert lengths == [0, 20, 20, 20] and screener.totals(output) is None
+    for first, expected in ((21, [20, 22]), (22, [22, 22])):  # the second look finds the file settled
+        write_folder(folder, 1, first=first)
+        lengths.clear()
+        assert screener.screen([folder], output, watch=lambda: look() and len(lengths) < 2) == (1, 0)
+        assert lengths == expected
+    assert screener.totals(output) == (23, 0)
+    assert sorted(os.path.basename(row["file"]) for row in table(output)) == [
+        f"{i:04d}.xy" for i in range(23)
+    ]
+
+
 def test_watching_ends_with_a_signal():
     from xrdfast.screening.watching import Watch
 

@@ -1,10 +1,10 @@
 """What a run has to do and what of it is done, on disk, so that a run killed anywhere goes on without loss.
 
 `<output>.parts/` holds `manifest.jsonl`, one chunk a line in the order of discovery and only ever added to, and for
-each answered chunk a part: `<number>-<digest of its line>.parquet`, written whole after its failures
-(`.errors.jsonl` beside it). A chunk is done exactly if its part is there. When all are, the parts are joined into the
-output, whose own metadata say how many chunks it holds; so the rename that puts it in place is also what counts its
-chunks as kept, and no scan is there twice or left out.
+each answered chunk a part: `<number>-<digest of its line>.parquet`, written whole after its failures (`.errors.jsonl`
+beside it). A chunk is done exactly if its part is there. When all are (of a folder that is watched, when they are
+many, and at the end), the parts are joined into the output, whose own metadata say how many chunks it holds; so the
+rename that puts it in place is also what counts its chunks as kept, and no scan is there twice or left out.
 
 Several processes share one manifest: each looks for files itself, under a lock, and answers the chunks whose number
 falls to its rank.
@@ -33,6 +33,7 @@ from xrdfast.screening.results import (
 from xrdfast.screening.sources import Chunk, Failure, find_chunks
 
 _RUN_KEY, _CHUNKS_KEY = "xrdfast.run", "xrdfast.chunks"
+_WORTH = 0.1  # of the output: more of it that waits is worth writing the output anew
 
 
 class Manifest:
@@ -111,8 +112,12 @@ class Manifest:
         digest = hashlib.sha256(json.dumps(chunk.to_dict()).encode()).hexdigest()[:16]
         return self.parts / f"{number:08d}-{digest}.parquet"
 
-    def join(self) -> bool:
-        """Puts the parts of all chunks into the output, if they are all there; says whether they were.
+    def join(self, lazily: bool = False) -> bool:
+        """Puts the parts of all chunks into the output, if they are all there; says whether it holds them now.
+
+        Args:
+            lazily: not while they hold less than a tenth of what the output does. Each time the whole of it is
+                written anew: for every few scans of a growing folder, that would take the square of their number.
 
         Raises:
             InputError: where the file system refuses; the parts are all still there then.
@@ -120,11 +125,15 @@ class Manifest:
         with self._locked():
             kept = self.n_kept
             parts, count = [], 0
+            n_joined = n_waiting = 0
             for number, chunk in self.chunks():
                 count = number + 1
-                if number >= kept:
+                if number < kept:
+                    n_joined += chunk.n_expected
+                else:
                     parts.append(self.part(number, chunk))
-            if not all(part.exists() for part in parts):
+                    n_waiting += chunk.n_expected
+            if (lazily and n_waiting < _WORTH * n_joined) or not all(part.exists() for part in parts):
                 return False
             if parts or not self.output.exists():
                 self._join(kept, count, parts)

@@ -151,7 +151,8 @@ class Screener:
             output: the Parquet file; failures go to `<stem>.errors.jsonl` beside it.
             progress: called after each chunk.
             rank, n_ranks: this process among several that share the work and the file system.
-            watch: called when everything found is answered; waits and says whether to look again.
+            watch: called when everything found is answered; waits and says whether to look again. Until it says no,
+                output is written anew when a tenth of it waits in parts.
 
         Returns:
             Scans answered and failures, of this call and this process.
@@ -204,9 +205,11 @@ class Screener:
                 work(found if n_ranks == 1 else list(found))
             finally:
                 found.close()
-            manifest.join()
+            manifest.join(lazily=watch is not None)
             if watch is None or not watch():
-                return answered, failed
+                break
+        manifest.join()
+        return answered, failed
 
     def totals(self, output: str | Path) -> tuple[int, int] | None:
         """Rows and failures of all that an output holds; None while some of its chunks are not answered."""
