@@ -235,9 +235,12 @@ def _plan(name: str, emulator: Path | None) -> _Plan:
     if name == "_cpu":
         others = ("bind_cuda.cpp", *TEXT_SOURCES)
         sources = {p: [*cxx, *_CXX_FLAGS, *include] for p in CSRC.glob("*.cpp") if p.name not in others}
-        # The longest compile first; optimising what only hands addresses on would make it half as long again.
+        # Long compiles first, so that no core waits for the last; the binding, which takes the longest, would take half
+        # as long again were it optimised, and only hands addresses on.
         binding = CSRC / "bind_cpu.cpp"
-        sources = {binding: [*sources.pop(binding), "-O1"], **dict(sorted(sources.items()))}
+        by_length = sorted(sources, key=lambda path: (path != binding, -path.stat().st_size))
+        sources = {path: sources[path] for path in by_length}
+        sources[binding] = [*sources[binding], "-O1"]
         link = [*cxx, "-shared", "-fopenmp"]
     elif name == "_text":
         sources = {CSRC / source: [*cxx, *_CXX_FLAGS, *include] for source in TEXT_SOURCES}
