@@ -34,7 +34,7 @@ N_SCANS, UNKNOWN_SHARE, F_SIGMA = 1600, 0.45, 0.5
 AUGMENT = AugmentConfig(strain=0.006, b_max=2.0, profile="lab")
 RIDGE = 1e-4
 FITTED = ("slopes", "strain", "distortion", "density", "copies", "computed")
-FITTED += ("likeness_measured", "likeness_computed", "floor")
+FITTED += ("likeness_measured", "likeness_computed", "floor", "system")
 AT_ONCE = 50
 
 

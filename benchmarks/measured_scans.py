@@ -40,7 +40,7 @@ from xrdfast.symmetry import class_index
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LIBRARY_OF = ("amcsd.npz", "inorganic_mp.npz", "extra_structures.npz")
 LIKE = 0.7  # likeness from which a structure of the right group counts as what was measured
-N_BEST = 100  # as many as are compared
+N_BEST = 10  # among them is what was measured; more would take its relatives out of the library too
 
 
 class Measured(NamedTuple):

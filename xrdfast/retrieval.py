@@ -45,7 +45,7 @@ from xrdfast.data.whole_scans import preprocess_whole_scans
 from xrdfast.errors import InputError
 from xrdfast.ops.render import check_offsets, sticks_to_grid
 from xrdfast.ops.retrieval import match_structures
-from xrdfast.symmetry import N_SPACE_GROUPS
+from xrdfast.symmetry import N_SPACE_GROUPS, class_index
 
 FORMAT, VERSION = "xrdfast-library", "1"
 SMOOTH_WIDTH = 0.14  # degrees, about a laboratory peak's width
@@ -77,7 +77,7 @@ class Evidence:
 
     A candidate's is linear in its score between `knots`, and falls with how unlikely its fit is. Besides, each
     structure has weights by coarse likeness alone, so that a scan of nothing known is judged by what resembles it.
-    Weights add up in a space group.
+    Weights add up in a space group, and what a library holds more of than nature does is put right by crystal system.
 
     Attributes:
         knots, slopes: of the score; slopes add up from knot to knot.
@@ -90,6 +90,7 @@ class Evidence:
             square of the difference in log `spread` and as `copies`.
         likeness_measured, likeness_computed: the coarse weights' own logs for structures of either kind.
         floor: log weight of every group.
+        system: log factors of the groups of each crystal system, in the order of `CRYSTAL_SYSTEMS`.
 
     Note:
         Fitted by `python -m benchmarks.fit_retrieval` on simulated scans of structures left out of the library and on
@@ -98,18 +99,19 @@ class Evidence:
     """
 
     knots: tuple[float, ...] = (0.0, 0.6, 0.75, 0.85, 0.93)
-    slopes: tuple[float, ...] = (16.66, 4.81, -2.06, 14.78, 0.87)
-    strain: float = -0.33
-    distortion: float = -0.47
-    density: float = -0.46
-    copies: float = -0.3
-    computed: float = -1.66
+    slopes: tuple[float, ...] = (15.77, 7.29, -4.16, 13.45, 0.98)
+    strain: float = -0.31
+    distortion: float = -0.25
+    density: float = -0.21
+    copies: float = -0.29
+    computed: float = -1.72
     likeness: tuple[float, ...] = (6.0, 6.0)
     likeness_density: tuple[float, ...] = (0.0, -3.125)
     likeness_copies: float = -0.7
-    likeness_measured: tuple[float, ...] = (3.08, -1.48)
-    likeness_computed: tuple[float, ...] = (-1.69, 2.87)
-    floor: float = 2.97
+    likeness_measured: tuple[float, ...] = (3.01, -0.93)
+    likeness_computed: tuple[float, ...] = (-1.91, 2.59)
+    floor: float = 2.58
+    system: tuple[float, ...] = (0.03, 0.28, -0.12, 0.22, -0.34, -0.36, 0.29)
 
 
 class Matches(NamedTuple):
@@ -444,6 +446,8 @@ class KnownStructures:
         total = total.scatter_add(1, self._group[row], torch.exp(log - largest))[
             :, 1:
         ]  # 0: of no known group
+        factor = torch.stack([torch.as_tensor(log) for log in evidence.system]).exp()
+        total = total * factor[torch.tensor(class_index("crystal_system"))]
         return total / total.sum(dim=1, keepdim=True)
 
     @functools.cached_property
