@@ -52,8 +52,8 @@ SMOOTH_WIDTH = 0.14  # degrees, about a laboratory peak's width
 _MARGIN = 0.5  # degrees beyond the axis, from which strain brings lines in
 # Of the shipped network's answer joined with this one: exponents of `pool_posteriors`, and the probability from which a
 # group belongs to the set of 95 %. By benchmarks.measured_scans, on even copy groups of exp_rruff.
-POOL_EXPONENTS = ((0.32, -0.22), (0.7, 0.71))
-POOL_THRESHOLD = 0.00241
+POOL_EXPONENTS = ((0.31, -0.24), (0.69, 0.72))
+POOL_THRESHOLD = 0.00192
 POOL_LEAST_KNOWN = 20_000  # structures from which that holds; it was found with 30,888
 N_CANDIDATES = 100  # go on to the fine comparison
 _SCANS_AT_ONCE = 32
