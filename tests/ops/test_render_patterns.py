@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -30,11 +29,6 @@ from xrdfast.ops.render_patterns import RenderedPatterns, render_patterns
 ROOT = Path(__file__).resolve().parent.parent.parent
 COARSE = Grid(5.0, 90.0, 0.05)
 WAVELENGTH = 1.54056
-
-
-@pytest.fixture(scope="module")
-def emulated() -> ModuleType:
-    return _native._load("_emu", _native.build_module("_emu", emulator=ROOT / "tests" / "emulation"))
 
 
 @pytest.fixture(params=["cpu", "emu"])
