@@ -382,3 +382,17 @@ def test_refusals(call, message: str) -> None:
 def bad_stage(elsewhere: str) -> None:
     *given, stage = stage_case(2, 8)
     peak_stage(*given, stage._replace(**{elsewhere: getattr(stage, elsewhere).to("meta")}), pool="max")
+
+
+def test_backward_inside_autocast_keeps_the_precision_of_the_forward() -> None:
+    """Wider than the native kernels and too short for tiles: library products, which autocast would round."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 130, generator=generator, requires_grad=True)
+    weight = torch.randn(3, 130, 130, generator=generator, requires_grad=True)
+    loss = peak_conv(x, weight, 2).square().sum()
+    want = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(loss, (x, weight))
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-3)

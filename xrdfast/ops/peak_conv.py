@@ -162,10 +162,11 @@ def peak_stage_reference(
 def peak_conv_reference(x: Tensor, weight: Tensor, shift: int) -> Tensor:
     """Plain PyTorch: three products, the outer two added to slices in place."""
     before, after = (0, 2) if shift >= 0 else (2, 0)
-    out = x @ weight[1]
     kept = max(len(x) - abs(shift), 0)
-    out[len(x) - kept :].addmm_(x[:kept], weight[before])
-    out[:kept].addmm_(x[len(x) - kept :], weight[after])
+    with torch.autocast(x.device.type, enabled=False):  # in force where a backward runs inside it
+        out = x @ weight[1]
+        out[len(x) - kept :].addmm_(x[:kept], weight[before])
+        out[:kept].addmm_(x[len(x) - kept :], weight[after])
     return out
 
 
@@ -173,11 +174,12 @@ def peak_conv_weight_reference(x: Tensor, grad_out: Tensor, shift: int) -> Tenso
     """Gradient of the taps, (3, in_channels, out_channels): sums over rows of x[r + (k - 1) shift] grad_out[r]."""
     kept = max(len(x) - abs(shift), 0)
     # As (out, in) products: the memory order of the parameters that these are gradients of.
-    taps = [
-        grad_out[len(x) - kept :].T @ x[:kept],
-        grad_out.T @ x,
-        grad_out[:kept].T @ x[len(x) - kept :],
-    ]
+    with torch.autocast(x.device.type, enabled=False):
+        taps = [
+            grad_out[len(x) - kept :].T @ x[:kept],
+            grad_out.T @ x,
+            grad_out[:kept].T @ x[len(x) - kept :],
+        ]
     return torch.stack(taps if shift >= 0 else taps[::-1]).mT
 
 
