@@ -9,7 +9,7 @@ from torch import nn
 
 from xrdfast.data.generate import AugmentConfig
 from xrdfast.evidence import find_evidence
-from xrdfast.models import build_model
+from xrdfast.models import SymmetryLogits, build_model
 from xrdfast.prediction import SymmetryPredictor
 
 PEAKS = (20.0, 31.7, 45.5)
@@ -20,14 +20,15 @@ class OnePlace(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.tasks, self.model = ("space_group",), model
+        self.tasks, self.encoder = ("space_group",), model.encoder
 
-    def forward(self, intensity: torch.Tensor):
-        logits = self.model(intensity)
-        told = intensity[:, 2570:2770].sum(1, keepdim=True).clamp(max=1.0)
-        groups = torch.zeros_like(logits.space_group)
-        groups[:, 224:225] = 5.0 * told
-        return type(logits)(**dict.fromkeys(logits._fields) | {"space_group": groups})
+    def encode(self, intensity: torch.Tensor) -> torch.Tensor:
+        return intensity[:, 2570:2770].sum(1, keepdim=True).clamp(max=1.0)
+
+    def classify(self, features: torch.Tensor) -> SymmetryLogits:
+        groups = torch.zeros(len(features), 230)
+        groups[:, 224:225] = 5.0 * features
+        return SymmetryLogits(groups, None, None, None)
 
 
 def scan() -> tuple[np.ndarray, np.ndarray]:

@@ -382,6 +382,23 @@ def test_a_chunk_is_answered_in_pieces(predictor, tmp_path, monkeypatch):
     assert pieces.screen([], tmp_path / "gone.parquet") == (0, 1)  # found, and away before it was read
 
 
+def test_a_process_answers_its_share_of_what_another_noted(predictor, tmp_path, small_chunks, monkeypatch):
+    """Another process is quicker between this one's look at the manifest and its own notes."""
+    extend = Manifest.extend
+
+    def late(self: Manifest, files):
+        files = list(files)
+        list(extend(self, files))
+        yield from extend(self, files)
+
+    monkeypatch.setattr(Manifest, "extend", late)
+    folder, output = write_folder(tmp_path / "scans", 8), tmp_path / "out.parquet"
+    assert Screener(predictor).screen([folder], output, rank=1, n_ranks=2) == (4, 0)
+    assert not output.exists()
+    assert Screener(predictor).screen([folder], output, rank=0, n_ranks=2) == (4, 0)
+    assert len(pq.read_table(output)) == 8
+
+
 @pytest.mark.gpu
 def test_a_gpu_gives_the_same_answers(gpu, predictor, tmp_path):
     folder = write_folder(tmp_path / "scans", 7)

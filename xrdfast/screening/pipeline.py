@@ -8,6 +8,7 @@ where the model is slower.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -199,12 +200,13 @@ class Screener:
         while True:
             work(list(manifest.chunks()))
             files = filter(settled, find_files(paths, lambda path: path in own))
-            found = manifest.extend(files)
-            try:
-                # several processes: note everything first, so that none waits for another's work
-                work(found if n_ranks == 1 else list(found))
-            finally:
-                found.close()
+            with contextlib.closing(manifest.extend(files)) as found:
+                if n_ranks == 1:
+                    work(found)
+                else:  # note everything first, so that none waits for another's work
+                    deque(found, maxlen=0)
+            if n_ranks > 1:
+                work(list(manifest.chunks()))  # this process's share of what any of them noted
             manifest.join(lazily=watch is not None)
             if watch is None or not watch():
                 break
