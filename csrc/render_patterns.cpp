@@ -242,9 +242,9 @@ XRD_PORTABLE void draw_small(const float* __restrict rate, const uint32_t* __res
     for (int i = 0; i < kNoiseBlock; ++i) drawn[i] = rate[i] < kCrossover ? count[i] : drawn[i];
 }
 
-// Counts less their background for the noise blocks [first, last).
+// Counts less `removed` times their background for the noise blocks [first, last).
 XRDFAST_WIDE void count(const float* __restrict peaks, float scale, const Background& background, int64_t first,
-                        int64_t last, uint64_t seed, uint64_t pattern, float* __restrict signal) {
+                        int64_t last, uint64_t seed, uint64_t pattern, float removed, float* __restrict signal) {
     for (int64_t block = first; block < last; ++block) {
         uint32_t word[kNoiseBlock];
         float rate[kNoiseBlock], level[kNoiseBlock], drawn[kNoiseBlock] = {};
@@ -271,7 +271,7 @@ XRDFAST_WIDE void count(const float* __restrict peaks, float scale, const Backgr
                 drawn[i] = large_poisson(rate[i] < kCrossover ? kCrossover : rate[i], word[i]);
         }
         if (least < kCrossover) draw_small(rate, word, drawn);
-        for (int i = 0; i < kNoiseBlock; ++i) signal[base + i] = drawn[i] - level[i];
+        for (int i = 0; i < kNoiseBlock; ++i) signal[base + i] = drawn[i] - removed * level[i];
     }
 }
 
@@ -282,8 +282,9 @@ XRDFAST_WIDE void clip(float* signal, int64_t n, float k, float* rough, std::vec
     clip_insignificant(signal, n, k, noise.data());
 }
 
-XRDFAST_WIDE void scale_to_100(const float* __restrict value, int64_t n, float strongest, float* __restrict out) {
-    for (int64_t i = 0; i < n; ++i) out[i] = value[i] / strongest * 100.0f;
+XRDFAST_WIDE void scale(const float* __restrict value, int64_t n, float strongest, float highest,
+                        float* __restrict out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = value[i] / strongest * highest;
 }
 
 void render_pattern(const RenderPatternsParams& p, int64_t pattern, Workspace& ws) {
@@ -300,20 +301,24 @@ void render_pattern(const RenderPatternsParams& p, int64_t pattern, Workspace& w
     if (n_measured <= 0 || !make_lines(p, pattern, measured, shape, ws)) return;
     add_lines(ws.lines.data(), static_cast<int64_t>(ws.lines.size()), ws.peaks.data());
     const float* signal = ws.peaks.data() + measured.first;
-    float strongest = largest(signal, n_measured);
+    float strongest = largest(signal, n_measured), highest = 100.0f;
     if (!(strongest > 0.0f && std::isfinite(strongest))) return;
     if (row.counts > 0.0) {
         const Background background = background_of(row, p.two_theta_min, p.two_theta_step, p.n_points);
         count(ws.peaks.data(), static_cast<float>(row.counts) / strongest, background, measured.first / kNoiseBlock,
               (measured.last + kNoiseBlock - 1) / kNoiseBlock, static_cast<uint64_t>(p.seed),
-              static_cast<uint64_t>(p.pattern_id[pattern]), ws.signal.data());
+              static_cast<uint64_t>(p.pattern_id[pattern]), p.clip_sigma < 0.0 ? 0.0f : 1.0f, ws.signal.data());
         float* counted = ws.signal.data() + measured.first;
-        clip(counted, n_measured, static_cast<float>(p.clip_sigma), ws.peaks.data(), ws.noise);
         signal = counted;
-        strongest = largest(signal, n_measured);
+        if (p.clip_sigma < 0.0) {
+            strongest = highest = 1.0f;
+        } else {
+            clip(counted, n_measured, static_cast<float>(p.clip_sigma), ws.peaks.data(), ws.noise);
+            strongest = largest(signal, n_measured);
+        }
         if (!(strongest > 0.0f && std::isfinite(strongest))) return;
     }
-    scale_to_100(signal, n_measured, strongest, out + measured.first);
+    scale(signal, n_measured, strongest, highest, out + measured.first);
     p.active_count[pattern] = list_active_patches(out, p.n_points, p.active_patch + pattern * n_patches);
 }
 

@@ -81,33 +81,37 @@ __device__ __forceinline__ void make_image(const double* axis, const int8_t* w, 
     for (int i = 0; i < 3; ++i) image[i] = g[i] * scale;
 }
 
-// Sum of the lines at the points of a tile that the lane has: tile + lane, tile + lane + 32, ...
+// Sum of the lines at the points of a tile that the lane has: tile + lane, tile + lane + 32, ... Each lane looks at one
+// line in 32, and the warp then takes those that reach the tile, in their order.
 __device__ __forceinline__ void sum_lines(const Line* lines, int n_lines, int tile, float* sum) {
     const int lane = threadIdx.x & 31, first_block = tile / kLineBlock, end_block = first_block + kTile / kLineBlock;
 #pragma unroll
     for (int q = 0; q < kPointsALane; ++q) sum[q] = 0.0f;
-    for (int i = 0; i < n_lines; ++i) {
-        const int begin = lines[i].begin, end = lines[i].end;
-        if (begin >= end_block || end <= first_block) continue;  // the same for the whole warp
-        const Line line = lines[i];
-        const bool core = line.core_begin < end_block && line.core_end > first_block;
+    for (int group = 0; group < n_lines; group += 32) {
+        const int own = group + lane;
+        const bool reaches = own < n_lines && lines[own].begin < end_block && lines[own].end > first_block;
+        for (unsigned left = __ballot_sync(kFullMask, reaches); left; left &= left - 1) {
+            const Line line = lines[group + __ffs(static_cast<int>(left)) - 1];  // the same for the whole warp
+            const bool core = line.core_begin < end_block && line.core_end > first_block;
 #pragma unroll
-        for (int q = 0; q < kPointsALane; ++q) {
-            const int point = tile + 32 * q + lane, block = point / kLineBlock;
-            if (block < begin || block >= end) continue;
-            const bool low = point <= line.middle;
-            const float slope = low ? line.low_slope : line.high_slope, start = low ? line.low_start : line.high_start;
-            const float u = line_distance(slope, start, point, line.middle);
-            sum[q] = fmaf(line.lorentzian, lorentzian(u), sum[q]);
-            if (core && block >= line.core_begin && block < line.core_end)
-                sum[q] = fmaf(line.gaussian, gaussian(u), sum[q]);
+            for (int q = 0; q < kPointsALane; ++q) {
+                const int point = tile + 32 * q + lane, block = point / kLineBlock;
+                if (block < line.begin || block >= line.end) continue;
+                const bool low = point <= line.middle;
+                const float slope = low ? line.low_slope : line.high_slope;
+                const float start = low ? line.low_start : line.high_start;
+                const float u = line_distance(slope, start, point, line.middle);
+                sum[q] = fmaf(line.lorentzian, lorentzian(u), sum[q]);
+                if (core && block >= line.core_begin && block < line.core_end)
+                    sum[q] = fmaf(line.gaussian, gaussian(u), sum[q]);
+            }
         }
     }
 }
 
-// Draws the counts of a pattern from its peaks, background off, into `signal`.
+// Draws the counts of a pattern from its peaks, less `removed` times the background, into `signal`.
 __device__ __forceinline__ void count(const RenderPatternsParams& p, int64_t pattern, MeasuredRange measured,
-                                      const float* peaks, float strongest, float* signal) {
+                                      const float* peaks, float strongest, float removed, float* signal) {
     const ProfileRow& row = p.profile[pattern];
     const Background background = background_of(row, p.two_theta_min, p.two_theta_step, p.n_points);
     const float scale = static_cast<float>(row.counts) / strongest;
@@ -121,7 +125,7 @@ __device__ __forceinline__ void count(const RenderPatternsParams& p, int64_t pat
             const int point = i / kNoiseLanes * kNoiseBlock + w * kNoiseLanes + i % kNoiseLanes;
             if (point < measured.first || point >= measured.last) continue;
             const float level = background_counts(background, point);
-            signal[point] = poisson(fmaf(peaks[point], scale, level), random.word[w]) - level;
+            signal[point] = poisson(fmaf(peaks[point], scale, level), random.word[w]) - removed * level;
         }
     }
 }
@@ -228,16 +232,21 @@ __global__ void __launch_bounds__(kThreads, 3) measure(RenderPatternsParams p, R
         }
     }
     __syncthreads();
-    float strongest = strongest_of(out + first, n_measured, partial);
+    float strongest = strongest_of(out + first, n_measured, partial), highest = 100.0f;
     const bool lit = strongest > 0.0f && isfinite(strongest);
     if (lit && row.counts > 0.0) {
-        count(p, pattern, measured, peaks, strongest, out);
+        const bool whole = p.clip_sigma < 0.0;
+        count(p, pattern, measured, peaks, strongest, whole ? 0.0f : 1.0f, out);
         __syncthreads();
-        clip(out + first, n_measured, static_cast<float>(p.clip_sigma), peaks);
-        strongest = strongest_of(out + first, n_measured, partial);
+        if (whole) {
+            strongest = highest = 1.0f;
+        } else {
+            clip(out + first, n_measured, static_cast<float>(p.clip_sigma), peaks);
+            strongest = strongest_of(out + first, n_measured, partial);
+        }
     }
     for (int i = static_cast<int>(threadIdx.x); i < n_points; i += kThreads)
-        out[i] = lit && strongest > 0.0f && isfinite(strongest) ? out[i] / strongest * 100.0f : 0.0f;
+        out[i] = lit && strongest > 0.0f && isfinite(strongest) ? out[i] / strongest * highest : 0.0f;
     __syncthreads();
     const int64_t n_patches = (p.n_points + kPatchPoints - 1) / kPatchPoints;
     list_active_patches<kThreads>(out, n_points, p.active_patch + pattern * n_patches, p.active_count + pattern, partial_count);

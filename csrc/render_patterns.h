@@ -21,7 +21,7 @@ struct RenderPatternsParams {
     const int8_t* rotations;          // (n_rotations, 3, 3)
     const ProfileRow* profile;        // (n_patterns)
     const int64_t* pattern_id;        // (n_patterns)
-    float* intensity;                 // (n_patterns, n_points), maximum 100, or all zero
+    float* intensity;                 // (n_patterns, n_points), maximum 100 but for counts, or all zero
     int32_t* active_count;            // (n_patterns)
     int16_t* active_patch;            // (n_patterns, n_patches), rising, then -1
     int64_t hkl_stride;               // elements
@@ -29,7 +29,7 @@ struct RenderPatternsParams {
     int64_t n_patterns;
     int64_t n_points;
     int64_t seed;
-    double clip_sigma;
+    double clip_sigma;                // < 0: counts as a detector gives them, background and all
     double wavelength;                // Angstrom
     double two_theta_min;             // degrees
     double two_theta_step;            // degrees

@@ -22,7 +22,9 @@ from xrdfast.data.generate import (
 )
 from xrdfast.data.store import PatternStore, SimulationConfig
 from xrdfast.data.structures import PackedStructures, load_structures
+from xrdfast.data.whole_scans import MODEL_SMOOTH_WIDTH, preprocess_whole_scans
 from xrdfast.errors import InputError
+from xrdfast.ops.render_patterns import render_patterns
 from xrdfast.ops.simulate import simulate_families
 
 # name: cell (a, b, c, alpha, beta, gamma), sites (Z, x, y, z), space group, free metric parameters
@@ -321,6 +323,43 @@ def test_measured_patterns(store: PatternStore) -> None:
         ValueError, match=r"PatternSource: augment.profile must be one of sticks, lab, synchrotron, got 'x'"
     ):
         PatternSource(store, augment=AugmentConfig(profile="x"))
+
+
+def test_measured_preparation_is_what_prediction_does(store: PatternStore, monkeypatch) -> None:
+    """The counts that were rendered, through the function that prepares scans for a model."""
+    rendered = []
+
+    def recorded(*arguments, **settings):
+        rendered.append((arguments[8], settings, render_patterns(*arguments, **settings).intensity))
+        return render_patterns(*arguments, **settings)
+
+    monkeypatch.setattr(generate, "render_patterns", recorded)
+    source = PatternSource(store, augment=AugmentConfig(profile="lab", preparation="measured"))
+    rows = torch.arange(4)
+    got, number = source.batch(rows, generator(3))
+    ((profile, settings, counts),) = rendered
+    assert settings["clip_sigma"] is None
+    assert torch.equal(counts, counts.round()) and float(counts.max()) > 200
+    angles = torch.from_numpy(Grid().two_theta())
+    first, last = profile.two_theta_first[:, None] - 1e-9, profile.two_theta_last[:, None] - 1e-9
+    inside = (angles >= first) & (angles < last)
+    wavelength = [store.simulation.wavelength] * 4
+    want, _ = preprocess_whole_scans(
+        [angles[keep].numpy() for keep in inside],
+        [row[keep].numpy() for keep, row in zip(inside, counts, strict=True)],
+        wavelength,
+        grid=Grid(),
+        model_wavelength=wavelength[0],
+        smooth_width=MODEL_SMOOTH_WIDTH,
+    )
+    assert torch.equal(got, want)
+    assert got.amax(dim=1).tolist() == [100.0] * 4
+    assert number.tolist() == store.space_group_01[:4].tolist()
+    assert torch.equal(
+        source.batch(rows[2:3])[0], source.batch(rows)[0][2:3]
+    )  # validation's are drawn by row
+    with pytest.raises(ValueError, match="preparation must be one of known, measured, got 'x'"):
+        PatternSource(store, augment=AugmentConfig(profile="lab", preparation="x"))
 
 
 def test_a_grid_beyond_the_store_is_refused(

@@ -478,6 +478,7 @@ T __shfl_up_sync(unsigned mask, T value, int distance) {
     return cuemu::shuffle(mask, value, source < 0 ? lane : source, "at __shfl_up_sync");
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) { return cuemu::ballot(mask, predicate); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 
 template <typename T>
 T atomicAdd(T* at, T value) {

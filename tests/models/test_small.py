@@ -32,5 +32,5 @@ def test_no_pattern_and_several():
     with torch.inference_mode():
         together = encoder(intensity)
         alone = torch.cat([encoder(intensity[i : i + 1]) for i in range(3)])
-        assert encoder(intensity[:0]).shape == (0, SmallEncoder.n_features)
+        assert encoder(intensity[:0]).shape == (0, encoder.n_features)
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)

@@ -381,7 +381,7 @@ def test_bad_parameters(fields: dict[str, float], message: str) -> None:
         (7, torch.zeros(56, 3, 3), r"rotations must be \(56, 3, 3\) torch.int8"),
         (8, torch.zeros(3, 4, dtype=torch.float64), r"profile must be \(3, 29\) torch.float64"),
         (9, torch.zeros(3), r"pattern_id must be \(3,\) torch.int64"),
-        (11, -1.0, "clip_sigma must be finite and >= 0, got -1"),
+        (11, -0.5, "clip_sigma must be finite and >= 0, or None, got -0.5"),
         (12, math.nan, "wavelength must be finite and > 0"),
         (13, -5.0, "grid must be within 0..180 degrees"),
         (14, 0.0, "grid must have a step > 0"),
@@ -405,3 +405,32 @@ def test_on_a_gpu(gpu) -> None:
     assert float(((got[0] - want[0]).abs() > 1e-3).double().mean()) <= 1e-4
     for mine, theirs in zip(torch.ops.xrdfast.render_patterns(*there), got, strict=True):
         assert torch.equal(mine.cpu(), theirs)
+
+
+@pytest.mark.parametrize("counts", [0.0, 40.0, 3000.0])
+def test_counts_as_measured_equal_the_reference(kernel, counts: float) -> None:
+    """Background and all, on the detector's scale; without counts the peaks, as ever."""
+    profile = mixed_profiles(7, counts=counts)
+    given = operator_arguments(7, profile, COARSE, -1.0, n_families=40)
+    got, want = kernel(*given)[0], op.render_patterns_reference(*given)[0]
+    if counts == 0.0:
+        assert torch.equal(kernel(*operator_arguments(7, profile, COARSE, 3.0, n_families=40))[0], got)
+        return
+    assert torch.equal(got, got.round())
+    assert float(got[1:].amax(1).min()) > 0.5 * counts
+    difference = (got - want).abs()
+    assert float(difference.max()) <= 1.0
+    assert float((difference > 0.0).double().mean()) <= 3e-3
+
+
+def test_counts_are_asked_for_by_no_clip() -> None:
+    profile = mixed_profiles(3, counts=500.0)
+    given = operator_arguments(3, profile, COARSE, -1.0, n_families=40)
+    got = render_patterns(
+        *given[:8], profile, given[9], seed=given[10], wavelength=given[12], grid=COARSE, clip_sigma=None
+    )
+    assert torch.equal(got.intensity, op._patterns_cpu(*given)[0])
+    with pytest.raises(ValueError, match=r"clip_sigma must be finite and >= 0, or None, got -0\.5"):
+        render_patterns(
+            *given[:8], profile, given[9], seed=0, wavelength=given[12], grid=COARSE, clip_sigma=-0.5
+        )

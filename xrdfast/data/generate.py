@@ -24,8 +24,10 @@ from xrdfast.data.folds import assign_folds
 from xrdfast.data.profiles import PROFILES, draw_profiles
 from xrdfast.data.store import PatternStore, SimulationConfig, StoreWriter
 from xrdfast.data.structures import PackedStructures, Rejected
+from xrdfast.data.whole_scans import MODEL_SMOOTH_WIDTH, smoothing_points
 from xrdfast.errors import InputError
-from xrdfast.ops.line_profile import ProfileParameters
+from xrdfast.ops.line_profile import ProfileParameters, measured_ranges
+from xrdfast.ops.preprocess import preprocess_scans
 from xrdfast.ops.render import render_sticks
 from xrdfast.ops.render_patterns import render_patterns
 from xrdfast.ops.simulate import STATUS_REASONS, simulate_families
@@ -45,11 +47,18 @@ class AugmentConfig:
         b_max: overall displacement parameters B are drawn from U(0, b_max), Angstrom^2.
         profile: "sticks", or the name of a configuration in `xrdfast.data.profiles.PROFILES`: patterns as measured,
             with profiles, background and noise.
+        preparation: of patterns as measured: "known" takes off the background that was put on, inside the kernel that
+            renders; "measured" does to the counts what prediction does to a scan (smoothing, SNIP, clip), for some
+            200 us a pattern on a core.
     """
 
     strain: float = 0.01
     b_max: float = 2.0
     profile: str = "sticks"
+    preparation: str = "known"
+
+
+PREPARATIONS = ("known", "measured")
 
 
 def generate_store(
@@ -125,7 +134,7 @@ class PatternSource:
 
     Raises:
         InputError: for a store that was simulated for fewer angles than the axis has.
-        ValueError: for an unknown profile.
+        ValueError: for an unknown profile or preparation.
     """
 
     def __init__(
@@ -150,6 +159,11 @@ class PatternSource:
             raise ValueError(
                 f"PatternSource: augment.profile must be one of sticks, {', '.join(PROFILES)}, "
                 f"got {self.augment.profile!r}"
+            )
+        if self.augment.preparation not in PREPARATIONS:
+            raise ValueError(
+                f"PatternSource: augment.preparation must be one of {', '.join(PREPARATIONS)}, "
+                f"got {self.augment.preparation!r}"
             )
 
     def batch(self, indices: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -199,8 +213,37 @@ class PatternSource:
             return render_sticks(*rows, **axis), families.space_group_number
         turns = [self._moved(tensor) for tensor in (families.rotation_offset, families.rotations)]
         profile = ProfileParameters(*map(self._moved, drawn.profile))
-        rendered = render_patterns(*rows, *turns, profile, self._moved(pattern_id), seed=seed, **axis)
-        return rendered.intensity, families.space_group_number
+        counted = self.augment.preparation == "measured"
+        rendered = render_patterns(
+            *rows,
+            *turns,
+            profile,
+            self._moved(pattern_id),
+            seed=seed,
+            clip_sigma=None if counted else 3.0,
+            **axis,
+        )
+        if not counted:
+            return rendered.intensity, families.space_group_number
+        return self._prepared(rendered.intensity, drawn.profile), families.space_group_number
+
+    def _prepared(self, counts: Tensor, profile: ProfileParameters) -> Tensor:
+        """What prediction makes of such scans: `xrdfast.data.whole_scans`, of which these have one axis."""
+        grid, wavelength = self.grid, self.store.simulation.wavelength
+        two_theta = grid.two_theta()
+        first, last = measured_ranges(profile, (grid.two_theta_min, grid.two_theta_step, grid.n_points))
+        point = torch.arange(grid.n_points, device=self.device)
+        measured = (point >= self._moved(first)[:, None]) & (point < self._moved(last)[:, None])
+        offset = torch.cat([first.new_zeros(1), (last - first).clamp(min=0).cumsum(0)])
+        return preprocess_scans(
+            self._moved(offset),
+            self._moved(torch.from_numpy(two_theta)).expand_as(counts)[measured],
+            counts[measured],
+            torch.full((len(counts),), wavelength, dtype=torch.float64, device=self.device),
+            grid=grid,
+            model_wavelength=wavelength,
+            smooth_points=smoothing_points(two_theta, MODEL_SMOOTH_WIDTH),
+        ).intensity
 
     def _draw(self, n_patterns: int, generator: Generator) -> _Drawn:
         augment = self.augment

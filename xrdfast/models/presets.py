@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
 from xrdfast.models.encoder import XRDecouplerEncoder
 from xrdfast.models.plain_cnn import PlainCnnEncoder
+from xrdfast.models.small import WIDTHS as SMALL_WIDTHS
 from xrdfast.models.small import SmallEncoder
 from xrdfast.models.xrdecoupler import SymmetryModel
 from xrdfast.symmetry import TASKS
@@ -50,6 +52,14 @@ PRESETS: dict[str, ModelConfig] = {
             encoder=SmallEncoder,
             head_widths=dict.fromkeys(TASKS, ()),
             summary="own hierarchical encoder on a log d axis, 1.0 M parameters, 0.06 GFLOP a pattern",
+            stage="encoder.mergers.1",
+            stage_channels_last=True,
+        ),
+        ModelConfig(
+            name="medium",
+            encoder=partial(SmallEncoder, tuple(2 * width for width in SMALL_WIDTHS)),
+            head_widths=dict.fromkeys(TASKS, ()),
+            summary="the encoder of small, twice as wide: 3.8 M parameters, 0.24 GFLOP a pattern",
             stage="encoder.mergers.1",
             stage_channels_last=True,
         ),

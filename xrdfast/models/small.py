@@ -1,4 +1,4 @@
-"""The encoder of the `small` preset: a hierarchy of patches on a logarithmic axis of d, for a laptop's two cores.
+"""The encoder of the `small` and `medium` presets: a hierarchy of patches on a logarithmic axis of d.
 
 Own design, not the published one (`encoder.py`): the same four tasks on the same grid for a thirtieth of the cost.
 """
@@ -6,6 +6,7 @@ Own design, not the published one (`encoder.py`): the same four tasks on the sam
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ PATCH = 16
 DROPOUT = (
     0.25  # of the features; without it, the held-out loss rose from half-way through 25 minutes of training
 )
-WIDTHS = (96, 128, 192, 256, 384)  # 256, 128, 64, 32, 16 patches and one each
+WIDTHS = (96, 128, 192, 256, 384)  # `small`: 256, 128, 64, 32, 16 patches and one each
 
 
 class _ShiftedSum(torch.autograd.Function):
@@ -81,20 +82,22 @@ class SmallEncoder(nn.Module):
     """Eighth root of the intensity in 4,096 bins of ln d, patches of 16 with a learned position, four mergers.
 
     Layer norm over the channels of each position, not batch norm, whose statistics mislead on nearly empty patterns.
+
+    Args:
+        widths: channels of the patches and after each of the four mergers.
     """
 
-    n_features = 2 * WIDTHS[-1]
-
-    def __init__(self) -> None:
+    def __init__(self, widths: Sequence[int] = WIDTHS) -> None:
         super().__init__()
+        self.n_features = 2 * widths[-1]
         grid = Grid()
         middle = torch.from_numpy(grid.two_theta()) + 0.5 * grid.two_theta_step
         log_q = torch.log(torch.sin(torch.deg2rad(middle / 2)))
         share = (log_q - log_q[0]) / (log_q[-1] - log_q[0])
         self.register_buffer("bin", (share * (N_BINS - 1e-6)).long(), persistent=False)
-        self.stem = PatchMerge(1, WIDTHS[0], PATCH)
-        self.position = nn.Parameter(0.02 * torch.randn(N_BINS // PATCH + 1, WIDTHS[0]))
-        pairs = list(itertools.pairwise(WIDTHS))
+        self.stem = PatchMerge(1, widths[0], PATCH)
+        self.position = nn.Parameter(0.02 * torch.randn(N_BINS // PATCH + 1, widths[0]))
+        pairs = list(itertools.pairwise(widths))
         self.norms = nn.ModuleList(nn.LayerNorm(i) for i, _ in pairs)
         self.mergers = nn.ModuleList(PatchMerge(i, o) for i, o in pairs)
         self.norm = nn.LayerNorm(self.n_features)

@@ -147,12 +147,19 @@ def _shape(
     return Lines(*(x[keep] for x in lines))
 
 
-def measured_range(p: ProfileParameters, minimum: float, step: float, n_points: int) -> tuple[int, int]:
-    """First and past-the-last point that were measured; an angle a hair off a point means that point."""
+def measured_ranges(p: ProfileParameters, grid: tuple[float, float, int]) -> tuple[Tensor, Tensor]:
+    """First and past-the-last point that each measured, int64; an angle a hair off a point means that point.
+
+    Args:
+        p: columns (n_patterns,), or numbers for one pattern.
+        grid: lowest angle, step in degrees, points.
+    """
+    minimum, step, n_points = grid
     first, last = (
-        math.ceil((float(x) - minimum) / step - 1e-6) for x in (p.two_theta_first, p.two_theta_last)
+        torch.ceil((torch.as_tensor(x) - minimum) / step - 1e-6).clamp(0, n_points).long()
+        for x in (p.two_theta_first, p.two_theta_last)
     )
-    return min(max(first, 0), n_points), min(max(last, 0), n_points)
+    return first, last
 
 
 def impurities(
@@ -165,7 +172,7 @@ def impurities(
 ) -> tuple[Lines, Lines]:
     """Foreign lines at random angles of what was measured, with the K-alpha2 partners of their spacings."""
     minimum, step, _ = grid
-    first, last = measured_range(p, *grid)
+    first, last = map(int, measured_ranges(p, grid))
     words = philox(torch.arange(int(p.impurity_count)), IMPURITY_STREAM, pattern_id, seed)
     angle = minimum + step * (first + (last - first) * unit(words[0]))
     area = strongest * p.impurity_strength * unit(words[1])

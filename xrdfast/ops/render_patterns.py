@@ -21,7 +21,7 @@ from xrdfast.ops.line_profile import (
     ProfileParameters,
     impurities,
     make_lines,
-    measured_range,
+    measured_ranges,
     sum_profiles,
     weigh_families,
 )
@@ -36,6 +36,7 @@ MAX_IMPURITIES = 16
 MAX_COUNTS = 1e6  # single precision still tells neighbouring counts apart
 MAX_ROTATIONS = 192  # of a pattern
 LINE_WORDS = 11  # of four bytes, a line in csrc/line_profile.h
+_COUNTS = -1.0  # clip_sigma of counts as measured
 _SMALLEST, _LARGEST = sys.float_info.min, sys.float_info.max  # "> 0" and "finite" as bounds
 
 LIBRARY.define(
@@ -49,7 +50,7 @@ LIBRARY.define(
 class RenderedPatterns(NamedTuple):
     """Patterns of a batch, and where they are not blank."""
 
-    intensity: Tensor  # (n_patterns, n_points) float32, 0..100
+    intensity: Tensor  # (n_patterns, n_points) float32, 0..100, or counts
     active_count: Tensor  # (n_patterns,) int32, patches of 10 points with one of 1e-5 or more
     active_patch: Tensor  # (n_patterns, n_patches) int16, their indices in rising order, then -1
 
@@ -69,7 +70,7 @@ def render_patterns(
     seed: int,
     wavelength: float,
     grid: Grid,
-    clip_sigma: float = 3.0,
+    clip_sigma: float | None = 3.0,
 ) -> RenderedPatterns:
     """Patterns of a batch of structures as measured and preprocessed, a line for each family and wavelength.
 
@@ -82,7 +83,8 @@ def render_patterns(
     rate = counts (y / max y + background); a Poisson count is drawn at every measured point, the known smooth
     background is taken off (what SNIP does to a scan, without its errors), points under clip_sigma times the noise
     become exactly 0 (as in preprocessing: the noise is median |second difference| / (0.6745 sqrt 6) of blocks of 64
-    points, linear between their centres), and the maximum becomes 100.
+    points, linear between their centres), and the maximum becomes 100. Without a `clip_sigma` the counts stay as a
+    detector gives them, background and all, for `preprocess_scans`.
 
     Args:
         offset, hkl, multiplicity, f_squared, reciprocal_metric, b_overall: as in `render_sticks`.
@@ -93,7 +95,7 @@ def render_patterns(
         seed: any 64-bit integer.
         wavelength: Angstrom, K-alpha1.
         grid: the 2theta axis.
-        clip_sigma: k >= 0.
+        clip_sigma: k >= 0; None for counts as measured.
 
     Returns:
         `RenderedPatterns`. A pattern with no line inside what was measured, or no point above the noise, is all zero;
@@ -123,7 +125,7 @@ def render_patterns(
             profile.table(),
             pattern_id,
             seed,
-            clip_sigma,
+            _COUNTS if clip_sigma is None else clip_sigma,
             wavelength,
             grid.two_theta_min,
             grid.two_theta_step,
@@ -167,7 +169,7 @@ def render_patterns_reference(
         weight = weight * multiplicity[rows].cpu().double() * f_squared[rows].cpu().double()
         weight = weight * torch.exp(-0.5 * b_overall[i].cpu() * g2)
         lines = make_lines(g2, weight, p, wavelength, two_theta_min, two_theta_step)
-        first, last = measured_range(p, *grid)
+        first, last = map(int, measured_ranges(p, grid))
         own = lines[0].area[(lines[0].center >= first) & (lines[0].center < last)]
         if len(own) == 0:
             continue
@@ -193,7 +195,7 @@ def _as_preprocessed(
     pattern_id: int,
     seed: int,
 ) -> Tensor:
-    """Counts, background off, clip, maximum 100. Without counts: the peaks, maximum 100."""
+    """Counts; background off, clip, maximum 100 unless they stay. Without counts: the peaks, maximum 100."""
     minimum, step, n_points = grid
     if p.counts > 0.0:
         x = 2.0 * torch.arange(n_points, dtype=torch.float64) / max(n_points - 1, 1) - 1.0
@@ -202,8 +204,11 @@ def _as_preprocessed(
         u = (minimum + step * torch.arange(n_points) - p.hump_center) / (0.5 * p.hump_fwhm)
         background = p.counts * (level + p.hump_height * torch.exp2(-u.square())).clamp(min=0.0)
         rate = (p.counts / peaks.max()) * peaks + background
-        signal = poisson(rate, noise_words(n_points, pattern_id, seed)) - background
-        measured, clipped = signal[first:last], torch.zeros_like(signal)
+        counts = poisson(rate, noise_words(n_points, pattern_id, seed))
+        measured, clipped = (counts - background)[first:last], torch.zeros_like(counts)
+        if clip_sigma < 0.0:
+            clipped[first:last] = counts[first:last]
+            return clipped
         threshold = clip_sigma * local_noise_reference(measured)
         clipped[first:last] = torch.where(measured < threshold, 0.0, measured).clamp(min=0.0)
         peaks = clipped
@@ -348,7 +353,8 @@ def _check(
     }
     check_tensors(op, rules, hkl.device)
     check_offsets(op, "rotation_offset", rotation_offset, len(rotations), most=MAX_ROTATIONS)
-    _require(0.0 <= clip_sigma < math.inf, "clip_sigma", "finite and >= 0", clip_sigma)
+    clips = clip_sigma == _COUNTS or 0.0 <= clip_sigma < math.inf
+    _require(clips, "clip_sigma", "finite and >= 0, or None", clip_sigma)
     _require(n_points <= PATCH_POINTS * 32767, "grid", f"of at most {PATCH_POINTS * 32767} points", n_points)
     span = two_theta_min, two_theta_min + two_theta_step * n_points
     _require(span[0] >= 0.0 and span[1] <= 180.0 + 1e-6, "grid", "within 0..180 degrees", span)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xrdfast.data.generate import AugmentConfig
+from xrdfast.data.generate import PREPARATIONS, AugmentConfig
 from xrdfast.data.profiles import PROFILES
 from xrdfast.errors import InputError
 from xrdfast.models import PRESETS
@@ -127,6 +127,7 @@ _RULES: dict[str, _Rule] = {
     "augment.strain": ("in [0, 0.02]", lambda x: 0 <= x <= 0.02),
     "augment.b_max": _NOT_NEGATIVE,
     "augment.profile": _one_of(("sticks", *PROFILES)),
+    "augment.preparation": _one_of(PREPARATIONS),
     "train.epochs": _NOT_NEGATIVE,
     "train.max_minutes": _NOT_NEGATIVE,
     "train.batch_size": _POSITIVE,
