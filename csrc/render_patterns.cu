@@ -1,8 +1,10 @@
-// render_patterns.cu: CUDA rendering of reflection families as measured and preprocessed patterns, one block a pattern.
+// render_patterns.cu: CUDA rendering of reflection families as measured and preprocessed patterns: a block a pattern for
+// its lines and for its counts, between them a warp for every tile of it.
 //
 // Every point is summed by one thread over the lines in the order the CPU adds them, with the same functions
-// (portable_math.h), and nothing is left to atomics: the pattern is the CPU's. A warp takes tiles of 128 points and
-// skips the lines that don't reach one, so that lines need no sorting. Between the phases a pattern lies in device
+// (portable_math.h), and nothing is left to atomics: the pattern is the CPU's. A warp takes a tile of 128 points and
+// skips the lines that don't reach it, so that lines need no sorting; tiles of a pattern are shared by several blocks,
+// since a pattern of 20,000 families has a hundred times the lines of most. Between the phases a pattern lies in device
 // memory (34 kB, so in cache), which leaves shared memory free and the number of points open.
 #include "xrd_cuda.h"
 
@@ -206,13 +208,32 @@ __global__ void __launch_bounds__(kThreads, 2) weigh_and_shape(RenderPatternsPar
     }
 }
 
+// Blocks that share a pattern, a tile for each of their warps.
+__host__ __device__ __forceinline__ int64_t blocks_a_pattern(int64_t n_points) {
+    return (n_points + kWarps * kTile - 1) / (kWarps * kTile);
+}
+
+__global__ void __launch_bounds__(kThreads, 4) add_lines(RenderPatternsParams p, RenderPatternsScratch scratch) {
+    const int64_t n_blocks = blocks_a_pattern(p.n_points), pattern = blockIdx.x / n_blocks, begin = p.offset[pattern];
+    const int n_points = static_cast<int>(p.n_points);
+    const int n_lines = static_cast<int>(2 * (p.offset[pattern + 1] - begin)) + 2 * kMaxImpurities;
+    const int warp = static_cast<int>(blockIdx.x % n_blocks) * kWarps + static_cast<int>(threadIdx.x >> 5);
+    const int tile = warp * kTile;
+    if (tile >= n_points) return;
+    float sum[kPointsALane];
+    sum_lines(scratch.line + 2 * begin + 2 * kMaxImpurities * pattern, n_lines, tile, sum);
+#pragma unroll
+    for (int q = 0; q < kPointsALane; ++q) {
+        const int point = tile + 32 * q + static_cast<int>(threadIdx.x & 31);
+        if (point < n_points) scratch.peaks[pattern * p.n_points + point] = sum[q];
+    }
+}
+
 __global__ void __launch_bounds__(kThreads, 3) measure(RenderPatternsParams p, RenderPatternsScratch scratch) {
     XRD_SHARED(double, partial, kWarps);
     XRD_SHARED(int, partial_count, kWarps);
-    const int64_t pattern = blockIdx.x, begin = p.offset[pattern];
+    const int64_t pattern = blockIdx.x;
     const int n_points = static_cast<int>(p.n_points);
-    const int n_lines = static_cast<int>(2 * (p.offset[pattern + 1] - begin)) + 2 * kMaxImpurities;
-    const Line* lines = scratch.line + 2 * begin + 2 * kMaxImpurities * pattern;
     const ProfileRow& row = p.profile[pattern];
     const LineShape shape = line_shape(row, p.two_theta_min, p.two_theta_step, p.n_points);
     const MeasuredRange measured = measured_range(row, shape, p.two_theta_step);
@@ -220,17 +241,8 @@ __global__ void __launch_bounds__(kThreads, 3) measure(RenderPatternsParams p, R
     const int n_measured = measured.last > measured.first ? static_cast<int>(measured.last - measured.first) : 0;
     float *peaks = scratch.peaks + pattern * p.n_points, *out = p.intensity + pattern * p.n_points;
 
-    for (int tile = static_cast<int>(threadIdx.x >> 5) * kTile; tile < n_points; tile += kWarps * kTile) {
-        float sum[kPointsALane];
-        sum_lines(lines, n_lines, tile, sum);
-#pragma unroll
-        for (int q = 0; q < kPointsALane; ++q) {
-            const int point = tile + 32 * q + static_cast<int>(threadIdx.x & 31);
-            if (point >= n_points) continue;
-            peaks[point] = sum[q];
-            out[point] = point >= measured.first && point < measured.last ? sum[q] : 0.0f;
-        }
-    }
+    for (int i = static_cast<int>(threadIdx.x); i < n_points; i += kThreads)
+        out[i] = i >= measured.first && i < measured.last ? peaks[i] : 0.0f;
     __syncthreads();
     float strongest = strongest_of(out + first, n_measured, partial), highest = 100.0f;
     const bool lit = strongest > 0.0f && isfinite(strongest);
@@ -258,6 +270,8 @@ int render_patterns_cuda(const RenderPatternsParams& params, const RenderPattern
     if (params.n_patterns == 0) return 0;
     const dim3 grid(static_cast<unsigned>(params.n_patterns));
     XRD_LAUNCH(weigh_and_shape, grid, dim3(kThreads), 0, stream, params, scratch);
+    const dim3 tiles(static_cast<unsigned>(params.n_patterns * blocks_a_pattern(params.n_points)));
+    XRD_LAUNCH(add_lines, tiles, dim3(kThreads), 0, stream, params, scratch);
     XRD_LAUNCH(measure, grid, dim3(kThreads), 0, stream, params, scratch);
     return XRD_LAST_ERROR();
 }
