@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tests.training.tiny import tiny_config, with_augment, write_cubic_store
 from xrdfast.errors import InputError
 from xrdfast.models import build_model
+from xrdfast.training.batches import Batches
 from xrdfast.training.checkpoint import (
     MODEL_FILE,
     STATE_FILE,
@@ -285,8 +286,7 @@ def test_every_pattern_comes_once_an_epoch(cubic_store: Path, tmp_path: Path) ->
     for epoch in range(2):
         rows = []
         for position in range(trainer.steps_per_epoch):
-            trainer.step = epoch * trainer.steps_per_epoch + position
-            rows += trainer._batch_indices().tolist()
+            rows += trainer._batches.rows(epoch * trainer.steps_per_epoch + position).tolist()
         assert sorted(rows) == trainer.training.tolist()
         epochs.append(rows)
     assert epochs[0] != epochs[1]
@@ -336,10 +336,9 @@ def test_class_balance_shows_rare_groups_more_often(
     write_cubic_store(store, 60)
     trainer = Trainer(tiny_config(store, class_balance=class_balance, batch_size=42), tmp_path / "run")
     number = trainer.store.space_group_01[trainer.training]
-    trainer.training = torch.cat([trainer.training[number != 225], trainer.training[number == 225][:6]])
-    drawn = []
-    for trainer.step in range(50):
-        drawn.append(trainer.store.space_group_01[trainer._batch_indices()])
+    few = torch.cat([trainer.training[number != 225], trainer.training[number == 225][:6]])
+    batches = Batches(trainer.source, few, trainer.config.train, trainer._processes)
+    drawn = [trainer.store.space_group_01[batches.rows(step)] for step in range(50)]
     assert float((torch.cat(drawn) == 225).double().mean()) == pytest.approx(rare, abs=0.03)
 
 

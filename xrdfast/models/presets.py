@@ -29,6 +29,7 @@ class ModelConfig:
     summary: str  # one line for people
     stage: str = ""  # submodule whose output an auxiliary classifier of self-distillation reads
     stage_channels_last: bool = False  # that output is (n_patterns, position, channel)
+    graphable: bool = True  # a training step never waits for the device, so a CUDA graph can hold it
 
 
 PRESETS: dict[str, ModelConfig] = {
@@ -46,6 +47,7 @@ PRESETS: dict[str, ModelConfig] = {
             summary="the published XRDecoupler, 30.25 M parameters, 1.93 GFLOP a pattern",
             stage="encoder.local_branch.middle",
             stage_channels_last=True,
+            graphable=False,
         ),
         ModelConfig(
             name="small",

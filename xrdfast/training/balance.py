@@ -156,8 +156,10 @@ class Balance:
             return weights, finite
         updates = finite & (weights.sum() > 0)
         decay = torch.where(updates, EMA_DECAY, 1.0)
-        self._decayed_weights = decay * self._decayed_weights + (1.0 - decay) * weights
-        self._decayed_count = decay * self._decayed_count + (1.0 - decay)
+        self._decayed_weights.mul_(decay).add_(
+            (1.0 - decay) * weights
+        )  # in place: a CUDA graph keeps the address
+        self._decayed_count.mul_(decay).add_(1.0 - decay)
         return torch.where(updates, self._decayed_weights / self._decayed_count, 0.0), finite
 
     def state_dict(self) -> dict[str, Tensor]:

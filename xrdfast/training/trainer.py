@@ -12,7 +12,6 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
-import hashlib
 import math
 import time
 import zlib
@@ -30,16 +29,18 @@ from xrdfast.data.mixtures import draw_one_and_two
 from xrdfast.data.store import PatternStore
 from xrdfast.errors import InputError
 from xrdfast.evaluation import evaluate_predictions
-from xrdfast.models import build_model
+from xrdfast.models import PRESETS, build_model
 from xrdfast.posterior import Calibration, fit_calibration, joint_posterior
 from xrdfast.suspicion import fit_several_phases, phase_features
 from xrdfast.symmetry import N_CLASSES, class_index
 from xrdfast.training import checkpoint
-from xrdfast.training.balance import Balance, balanced_step, logit_offsets
+from xrdfast.training.balance import Balance, logit_offsets
+from xrdfast.training.batches import Batches, seed_of
 from xrdfast.training.config import RunConfig, TrainConfig
 from xrdfast.training.distill import Distiller, check_teacher
 from xrdfast.training.processes import Processes, local_device, stop_on_signals
 from xrdfast.training.run_log import ProgressCallback, RunLog, StepWindow
+from xrdfast.training.step import TrainingStep, autocast
 
 CONFIG_FILE = "config.toml"
 
@@ -108,7 +109,8 @@ class Trainer:
             config.data.folds_validation, clean=config.data.clean
         )
         self._check_sizes()
-        self.steps_per_epoch = len(self.training) // train.batch_size
+        self._batches = Batches(self.source, self.training, train, self._processes)
+        self.steps_per_epoch = self._batches.steps_per_epoch
 
         torch.manual_seed(train.seed)
         self.model = build_model(config.model.preset).to(self.device).train()
@@ -123,16 +125,6 @@ class Trainer:
         if self.distiller is not None:
             self._named_parameters += self.distiller.named_parameters()
         self._parameters = [parameter for _, parameter in self._named_parameters]
-        # Matrices decay; biases, norms and scales do not.
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in self._parameters if p.dim() >= 2], "weight_decay": train.weight_decay},
-                {"params": [p for p in self._parameters if p.dim() < 2], "weight_decay": 0.0},
-            ],
-            lr=train.learning_rate,
-            betas=train.betas,
-            fused=True,
-        )
         self.objectives = self.model.tasks
         if self.distiller is not None and self.distiller.own_objective:
             self.objectives = (*self.objectives, "distillation")
@@ -144,6 +136,21 @@ class Trainer:
             drawn = torch.where(counts > 0, counts.pow(1.0 - train.class_balance), 0.0)
             offsets = logit_offsets(drawn, train.logit_adjustment, self.model.tasks)
             self._offsets = {task: self._moved(rows) for task, rows in offsets.items()}
+        alone = self._processes.count == 1 and self.distiller is None
+        self._update = TrainingStep(
+            self.model,
+            self._parameters,
+            self.balance,
+            weight_decay=train.weight_decay,
+            betas=train.betas,
+            label_smoothing=train.label_smoothing,
+            clip_norm=train.clip_norm,
+            bf16=train.precision == "bf16",
+            extra=self.distiller,
+            offsets=self._offsets,
+            graphed=self.device.type == "cuda" and alone and PRESETS[config.model.preset].graphable,
+        )
+        self.optimizer = self._update.optimizer
 
         self.step = 0
         self.elapsed = 0.0  # seconds of all sittings
@@ -155,7 +162,6 @@ class Trainer:
         self._stop_requested = False  # by a signal to this process
         self._stop_agreed = False  # by all processes, in their last step
         self._elapsed_agreed = 0.0  # the first process's clock, at the last step
-        self._order: tuple[int, Tensor] | None = None  # epoch and its order
         self._open_folder(resume)
 
     def run(self) -> RunResult:
@@ -163,6 +169,7 @@ class Trainer:
         train = self.config.train
         with contextlib.ExitStack() as stack:
             stack.callback(self._processes.leave)
+            stack.callback(self._batches.close)
             if self._processes.rank == 0:
                 log = RunLog(self.out_dir, tensorboard=train.tensorboard, report=self._report)
                 self._log = stack.enter_context(log)
@@ -213,40 +220,24 @@ class Trainer:
     def _train_step(self) -> tuple[Tensor, Tensor, Tensor]:
         """One update. Returns losses (T,), weights (T,) and whether all was finite, on the device."""
         train = self.config.train
-        generator = torch.Generator().manual_seed(
-            _seed(train.seed, "pattern", self.step, self._processes.rank)
-        )
-        torch.manual_seed(_seed(train.seed, "dropout", self.step, self._processes.rank))
-        intensity, number = self.source.batch(self._batch_indices(), generator)
+        torch.manual_seed(seed_of(train.seed, "dropout", self.step, self._processes.rank))
+        intensity, number = self._batches.take(self.step)
         if self.distiller is not None and self.step % self.steps_per_epoch == 0:
             self.distiller.new_epoch()
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            result = balanced_step(
-                self.model,
-                self._moved(intensity),
-                self._labels(number),
-                self.balance,
-                train.label_smoothing,
-                self.distiller,
-                self._offsets,
-            )
-        self._elapsed_agreed, self._stop_agreed = self._processes.average_gradients(
-            self._parameters, self._clock(), self._stop_requested
-        )
-        norm = nn.utils.clip_grad_norm_(self._parameters, train.clip_norm or math.inf)
-        finite = result.finite & norm.isfinite()
-        self.step += 1
-        self.fraction = self._fraction_done(self._elapsed_agreed)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
-        # The fused kernel skips the update where this is 1, without the host having to know.
-        self.optimizer.found_inf = (~finite).float()
-        self.optimizer.step()
+        result = self._update(self._moved(intensity), self._labels(number), self._advance)
         # The first averages must not cling to the initial weights.
         decay = min(train.ema_decay, self.step / (self.step + 9.0))
         torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1.0 - decay)
-        return result.losses, result.weights, finite
+        return result.losses, result.weights, result.finite
+
+    def _advance(self) -> float:
+        """Averages gradients over processes, counts the step, and returns its learning rate."""
+        self._elapsed_agreed, self._stop_agreed = self._processes.average_gradients(
+            self._parameters, self._clock(), self._stop_requested
+        )
+        self.step += 1
+        self.fraction = self._fraction_done(self._elapsed_agreed)
+        return self._learning_rate()
 
     def _validate(self) -> None:
         metrics = self._measure(self._validation_logits())
@@ -294,7 +285,7 @@ class Trainer:
 
     def _fit_phases(self, calibration: Calibration) -> tuple[float, ...]:
         """What tells scans of two phases from those of one, on structures of the training."""
-        generator = torch.Generator().manual_seed(_seed(self.config.train.seed, "phases", 0, 0))
+        generator = torch.Generator().manual_seed(seed_of(self.config.train.seed, "phases", 0, 0))
         rows = self.training[torch.randperm(len(self.training), generator=generator)[:_PHASE_PATTERNS]]
         features: tuple[list[Tensor], list[Tensor]] = ([], [])
         for scans in draw_one_and_two(self.store, rows, self.config.augment, self.source.grid, generator):
@@ -314,7 +305,9 @@ class Trainer:
                 averaged.copy_(current)
         if any(isinstance(module, _BatchNorm) for module in self.averaged.modules()):
             # Running statistics belong to the raw weights and follow the last few batches: take them anew.
-            generator = torch.Generator().manual_seed(_seed(self.config.train.seed, "recalibration", 0, 0))
+            generator = torch.Generator().manual_seed(
+                seed_of(self.config.train.seed, "recalibration", 0, 0)
+            )
             order = torch.randperm(len(self.training), generator=generator)
             sample = self.training[order[:_RECALIBRATION_PATTERNS]]
             recalibrate_batch_norm(self.averaged, self._fixed_batches(sample))
@@ -339,24 +332,6 @@ class Trainer:
         for batch in indices.split(_EVALUATION_BATCH):
             yield self._moved(self.source.batch(batch)[0])
 
-    def _batch_indices(self) -> Tensor:
-        """Store rows of this process in the current step."""
-        train = self.config.train
-        epoch, position = divmod(self.step, self.steps_per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(_seed(train.seed, "order", epoch, 0))
-            if train.class_balance:
-                counts = self.store.group_counts(self.training)
-                number = self.store.space_group_01[self.training].long()
-                weight = counts[number - 1].double().pow(-train.class_balance)
-                order = torch.multinomial(weight, len(weight), replacement=True, generator=generator)
-            else:
-                order = torch.randperm(len(self.training), generator=generator)
-            self._order = epoch, self.training[order]
-        size = train.batch_size // self._processes.count
-        begin = position * train.batch_size + self._processes.rank * size
-        return self._order[1][begin : begin + size]
-
     def _labels(self, number: Tensor) -> dict[str, Tensor]:
         return {task: self._moved(table[number - 1]) for task, table in self._class_index.items()}
 
@@ -366,8 +341,7 @@ class Trainer:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        enabled = self.config.train.precision == "bf16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+        return autocast(self.device.type, self.config.train.precision == "bf16")
 
     def _fraction_done(self, elapsed: float) -> float:
         train = self.config.train
@@ -573,8 +547,3 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
-
-
-def _seed(seed: int, purpose: str, number: int, rank: int) -> int:
-    digest = hashlib.blake2b(f"{seed} {purpose} {number} {rank}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1  # generators take 63 bits
