@@ -404,6 +404,7 @@ class SymmetryPredictor:
             grid=self.grid,
             model_wavelength=self.wavelength,
             smooth_width=MODEL_SMOOTH_WIDTH,
+            device=self.device,
         )[0]
 
     def prepare_lines(self, patterns: Sequence[Pattern]) -> Tensor:

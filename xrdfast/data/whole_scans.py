@@ -45,6 +45,7 @@ def preprocess_whole_scans(
     grid: Grid,
     model_wavelength: float,
     smooth_width: float,
+    device: str | torch.device = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """Scans without background and noise on the axis of a model: `preprocess_scans`, smoothed by width, not points.
 
@@ -55,6 +56,7 @@ def preprocess_whole_scans(
         grid: of the model.
         model_wavelength: Angstrom, of that axis.
         smooth_width: degrees; 0 for none.
+        device: where it is done; results come back to the CPU.
 
     Returns:
         Patterns (n_scans, n_points) float32, 0 to 100; measured points (n_scans, 2) int32, the first and the one after
@@ -68,10 +70,10 @@ def preprocess_whole_scans(
         by_points.setdefault(smoothing_points(angles, smooth_width), []).append(scan)
     pieces = [
         preprocess_scans(
-            torch.tensor([0, *(len(two_theta[scan]) for scan in scans)]).cumsum(0),
-            torch.from_numpy(np.concatenate([two_theta[scan] for scan in scans])),
-            torch.from_numpy(np.concatenate([intensity[scan] for scan in scans])),
-            torch.tensor([wavelength[scan] for scan in scans], dtype=torch.float64),
+            torch.tensor([0, *(len(two_theta[scan]) for scan in scans)]).cumsum(0).to(device),
+            torch.from_numpy(np.concatenate([two_theta[scan] for scan in scans])).to(device),
+            torch.from_numpy(np.concatenate([intensity[scan] for scan in scans])).to(device),
+            torch.tensor([wavelength[scan] for scan in scans], dtype=torch.float64, device=device),
             grid=grid,
             model_wavelength=model_wavelength,
             smooth_points=n_points,
@@ -79,9 +81,9 @@ def preprocess_whole_scans(
         for n_points, scans in by_points.items()
     ]
     if len(pieces) == 1:
-        return pieces[0].intensity, pieces[0].measured
+        return pieces[0].intensity.cpu(), pieces[0].measured.cpu()
     patterns = torch.zeros(len(two_theta), grid.n_points)
     measured = torch.zeros(len(two_theta), 2, dtype=torch.int32)
     for scans, piece in zip(by_points.values(), pieces, strict=True):
-        patterns[scans], measured[scans] = piece.intensity, piece.measured
+        patterns[scans], measured[scans] = piece.intensity.cpu(), piece.measured.cpu()
     return patterns, measured

@@ -305,9 +305,7 @@ class Trainer:
                 averaged.copy_(current)
         if any(isinstance(module, _BatchNorm) for module in self.averaged.modules()):
             # Running statistics belong to the raw weights and follow the last few batches: take them anew.
-            generator = torch.Generator().manual_seed(
-                seed_of(self.config.train.seed, "recalibration", 0, 0)
-            )
+            generator = torch.Generator().manual_seed(seed_of(self.config.train.seed, "recalibration", 0, 0))
             order = torch.randperm(len(self.training), generator=generator)
             sample = self.training[order[:_RECALIBRATION_PATTERNS]]
             recalibrate_batch_norm(self.averaged, self._fixed_batches(sample))
