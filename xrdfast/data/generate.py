@@ -199,20 +199,15 @@ class PatternSource:
         metric = strained_reciprocal_metric(
             families.lattice, families.rotation_offset, families.rotations, drawn.strain
         )
-        rows = (
-            families.offset,
-            families.hkl,
-            families.multiplicity,
-            families.f_squared,
-            metric,
-            drawn.b_overall,
-        )
-        rows = [self._moved(tensor) for tensor in rows]
+        table = self._moved(families.hkl_multiplicity)  # whole: its columns would be copied apart first
+        rest = (families.offset, families.f_squared, metric, drawn.b_overall)
+        offset, *rest = (self._moved(tensor) for tensor in rest)
+        rows = (offset, table[:, :3], table[:, 3], *rest)
         axis = {"wavelength": self.store.simulation.wavelength, "grid": self.grid}
         if sticks:
             return render_sticks(*rows, **axis), families.space_group_number
         turns = [self._moved(tensor) for tensor in (families.rotation_offset, families.rotations)]
-        profile = ProfileParameters(*map(self._moved, drawn.profile))
+        profile = ProfileParameters(*self._moved(drawn.profile.table()).unbind(1))  # one copy, not 29
         counted = self.augment.preparation == "measured"
         rendered = render_patterns(
             *rows,

@@ -88,13 +88,22 @@ class FamilyBatch:
     """Families of B patterns, F families and R rotations in all, ragged by the two offsets."""
 
     offset: Tensor  # (B + 1,) int64
-    hkl: Tensor  # (F, 3) int16, rows 4 elements apart
-    multiplicity: Tensor  # (F,) int16, 4 elements apart
+    hkl_multiplicity: Tensor  # (F, 4) int16
     f_squared: Tensor  # (F,) float32, electrons^2
     lattice: Tensor  # (B, 3, 3) float64, rows a, b, c, Angstrom
     rotation_offset: Tensor  # (B + 1,) int64
     rotations: Tensor  # (R, 3, 3) int8, W on fractional columns
     space_group_number: Tensor  # (B,) int64, 1..230, 0 where unknown
+
+    @property
+    def hkl(self) -> Tensor:
+        """(F, 3), a view."""
+        return self.hkl_multiplicity[:, :3]
+
+    @property
+    def multiplicity(self) -> Tensor:
+        """(F,), a view."""
+        return self.hkl_multiplicity[:, 3]
 
     def __len__(self) -> int:
         return len(self.lattice)
@@ -322,11 +331,9 @@ class PatternStore:
         first, last = self._rotation_offset[rows], self._rotation_offset[rows + 1]
         turns = [self._rotations[a:b] for a, b in zip(first.tolist(), last.tolist(), strict=True)]
         rotations = np.concatenate([self._rotations[:0], *turns])
-        hkl_multiplicity = torch.from_numpy(packed.view(np.int16).reshape(-1, 4))
         return FamilyBatch(
             offset=torch.from_numpy(_offsets([end - begin])),
-            hkl=hkl_multiplicity[:, :3],
-            multiplicity=hkl_multiplicity[:, 3],
+            hkl_multiplicity=torch.from_numpy(packed.view(np.int16).reshape(-1, 4)),
             f_squared=torch.from_numpy(f_squared),
             lattice=self.lattice[indices],
             rotation_offset=torch.from_numpy(_offsets([last - first])),

@@ -1,4 +1,4 @@
-"""Batches of a run by the number of their step; on a GPU drawn ahead, on a thread and a stream of their own.
+"""Batches of a run by the number of their step; on a GPU drawn ahead, on threads and streams of their own.
 
 What a batch is depends on the run's seed and the step alone, so drawing ahead changes nothing. Not for what patterns
 look like (`xrdfast.data.generate`) or for the step itself (`step.py`).
@@ -7,6 +7,7 @@ look like (`xrdfast.data.generate`) or for the step itself (`step.py`).
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -17,7 +18,8 @@ from xrdfast.data.generate import PatternSource
 from xrdfast.training.config import TrainConfig
 from xrdfast.training.processes import Processes
 
-_AHEAD = 2  # batches that are drawn while one is trained on, and steps that may wait on the device
+_THREADS = 2  # that draw
+_AHEAD = 3  # batches that are drawn while one is trained on, and steps that may wait on the device
 
 
 class Batches:
@@ -36,22 +38,22 @@ class Batches:
         self._source, self._training, self._config, self._processes = source, training, config, processes
         self.steps_per_epoch = len(training) // config.batch_size
         self._order: tuple[int, Tensor] | None = None  # epoch and its order
-        self._thread: ThreadPoolExecutor | None = None
+        self._threads: ThreadPoolExecutor | None = None
         if source.device.type == "cuda":
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
-            self._stream = torch.cuda.Stream(source.device)
+            self._threads = ThreadPoolExecutor(_THREADS, "batches")
+            self._own = threading.local()  # the stream of a thread
             self._drawn: deque[tuple[int, Future[tuple[Tensor, Tensor, torch.cuda.Event]]]] = deque()
             self._taken: deque[torch.cuda.Event] = deque()
 
     def take(self, step: int) -> tuple[Tensor, Tensor]:
         """Intensity (n_patterns, n_points) on the device and space groups (n_patterns,) on the CPU, of a step."""
-        if self._thread is None:
+        if self._threads is None:
             return self._draw(step)
         if self._drawn and self._drawn[0][0] != step:
             self._drawn.clear()
         next_step = self._drawn[-1][0] + 1 if self._drawn else step
         for ahead in range(next_step, step + _AHEAD + 1):
-            self._drawn.append((ahead, self._thread.submit(self._draw_ahead, ahead)))
+            self._drawn.append((ahead, self._threads.submit(self._draw_ahead, ahead)))
         intensity, number, ready = self._drawn.popleft()[1].result()
         stream = torch.cuda.current_stream(self._source.device)
         stream.wait_event(ready)
@@ -65,33 +67,37 @@ class Batches:
         """Store rows of this process in a step."""
         config, count = self._config, self._processes.count
         epoch, position = divmod(step, self.steps_per_epoch)
-        if self._order is None or self._order[0] != epoch:
+        order = self._order  # several threads come here
+        if order is None or order[0] != epoch:
             generator = torch.Generator().manual_seed(seed_of(config.seed, "order", epoch, 0))
             if config.class_balance:
                 counts = self._source.store.group_counts(self._training)
                 number = self._source.store.space_group_01[self._training].long()
                 weight = counts[number - 1].double().pow(-config.class_balance)
-                order = torch.multinomial(weight, len(weight), replacement=True, generator=generator)
+                drawn = torch.multinomial(weight, len(weight), replacement=True, generator=generator)
             else:
-                order = torch.randperm(len(self._training), generator=generator)
-            self._order = epoch, self._training[order]
+                drawn = torch.randperm(len(self._training), generator=generator)
+            self._order = order = epoch, self._training[drawn]
         size = config.batch_size // count
         begin = position * config.batch_size + self._processes.rank * size
-        return self._order[1][begin : begin + size]
+        return order[1][begin : begin + size]
 
     def close(self) -> None:
-        """Ends the thread."""
-        if self._thread is not None:
-            self._thread.shutdown(cancel_futures=True)
+        """Ends the threads."""
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
 
     def _draw(self, step: int) -> tuple[Tensor, Tensor]:
         seed = seed_of(self._config.seed, "pattern", step, self._processes.rank)
         return self._source.batch(self.rows(step), torch.Generator().manual_seed(seed))
 
     def _draw_ahead(self, step: int) -> tuple[Tensor, Tensor, torch.cuda.Event]:
-        with torch.cuda.device(self._source.device), torch.cuda.stream(self._stream):
+        device = self._source.device
+        stream = getattr(self._own, "stream", None) or torch.cuda.Stream(device)
+        self._own.stream = stream
+        with torch.cuda.device(device), torch.cuda.stream(stream):
             intensity, number = self._draw(step)
-            return intensity, number, self._stream.record_event()
+            return intensity, number, stream.record_event()
 
 
 def seed_of(seed: int, purpose: str, number: int, rank: int) -> int:
