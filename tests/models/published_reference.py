@@ -209,9 +209,10 @@ def published_models(dropout: float = 0.25) -> dict[str, nn.Module]:
     return {"rep": XRDecouplerEncoder(dropout), "sp": ClsSp(), "lt": ClsLt(), "cs": ClsCs(), "pg": ClsPg()}
 
 
-def grid_angle(n_patterns: int, dtype: torch.dtype) -> Tensor:
+def grid_angle(n_patterns: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """(n_patterns, 8500) 2θ of the published grid, degrees."""
-    return (5 + 0.01 * torch.arange(N_POINTS, dtype=torch.float64)).to(dtype).expand(n_patterns, -1)
+    point = torch.arange(N_POINTS, dtype=torch.float64, device=device)
+    return (5 + 0.01 * point).to(dtype).expand(n_patterns, -1)
 
 
 def published_logits(models: dict[str, nn.Module], intensity: Tensor) -> dict[str, Tensor]:
@@ -237,7 +238,7 @@ def published_step(
     Returns:
         Losses of the second forward, by our task names.
     """
-    angle = grid_angle(len(intensity), intensity.dtype)
+    angle = grid_angle(len(intensity), intensity.dtype, intensity.device)
     cross_entropy = nn.CrossEntropyLoss()
     features = models["rep"](intensity, angle).detach().clone().requires_grad_()
     for t in TASKS:  # the gradients that a solver would get

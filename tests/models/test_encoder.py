@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models.published_reference import PositionEmbedding, grid_angle, published_logits, published_models
@@ -156,3 +158,42 @@ def test_the_middle_map_is_that_after_the_seventh_block():
             branch(batch)
     assert seen[0].shape == (3, 67, 256)
     torch.testing.assert_close(seen[0][1], seen[1][0], rtol=1e-9, atol=1e-12)
+
+
+class Called(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_packed_rows_are_normed_as_by_the_module():
+    """Values, gradients and running statistics; no gradient through the gather, which is slow on a GPU."""
+    x = torch.zeros(3, 8500, dtype=torch.float64)
+    x[:, ::211] = 100 * torch.rand(3, 41, dtype=torch.float64)
+    branch = build_model("paper").double().train().encoder.local_branch
+    norm, plan = copy.deepcopy(branch.intensity_norm), branch.plan(x)
+    assert plan.stages[0].count is not None
+    with torch.no_grad():
+        for module in (branch.intensity_norm, norm):
+            module.weight.fill_(0.7)
+            module.bias.fill_(-0.2)
+    for training in (True, False):
+        branch.train(training)
+        norm.train(training)
+        got = branch.input_rows(x, plan)
+        want = norm(x[:, None]).flatten()[plan.point] * (plan.position >= 0)
+        torch.testing.assert_close(got[:, 0], want, rtol=1e-11, atol=1e-12)
+        cotangent = torch.randn(len(want), dtype=torch.float64)
+        learned = [branch.intensity_norm.weight, branch.intensity_norm.bias]
+        with Called() as called:
+            mine = torch.autograd.grad((got[:, 0] * cotangent).sum(), learned)
+        assert not [name for name in called.names if "index" in name]
+        theirs = torch.autograd.grad((want * cotangent).sum(), [norm.weight, norm.bias])
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(branch.intensity_norm.state_dict(), norm.state_dict())

@@ -1,4 +1,9 @@
-"""The whole loop on a device: structures to patterns to steps, in a CUDA graph too, against the same on the CPU."""
+"""The whole loop on a device: structures to patterns to steps, in a CUDA graph too, against the same on the CPU.
+
+Whole steps are compared in double. A batch of four goes through thirteen batch norms, maxima and kinks, some of which
+rounding in float32 turns over: on the CPU alone, that moved a weight's gradient by a fifth, and losses by a hundredth
+within four steps. In double it was 3e-12 of a gradient and 1e-14 of a loss.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +31,17 @@ from xrdfast.training.trainer import Trainer
 N_PATTERNS = 4
 
 
-def paper_model() -> SymmetryModel:
+def paper_model(dtype: torch.dtype = torch.float32) -> SymmetryModel:
     torch.manual_seed(0)
     model = build_model("paper").train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # each device draws its own
-    return model
+    return model.to(dtype)
 
 
 def batches(n: int, n_patterns: int = N_PATTERNS) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """Sticks and random labels; the last batch is full of points."""
+    """Sticks in double and random labels; the last batch is full of points."""
     generator = torch.Generator().manual_seed(1)
     intensity = torch.zeros(n, n_patterns, 8500)
     peaks = torch.randint(0, 8500, (n, n_patterns, 60), generator=generator)
@@ -44,7 +49,7 @@ def batches(n: int, n_patterns: int = N_PATTERNS) -> list[tuple[Tensor, dict[str
     intensity[-1] = 100 * torch.rand(n_patterns, 8500, generator=generator)
     return [
         (x, {t: torch.randint(0, N_CLASSES[t], (n_patterns,), generator=generator) for t in TASKS})
-        for x in intensity
+        for x in intensity.double()
     ]
 
 
@@ -55,23 +60,26 @@ def moved(batch: tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Te
 @pytest.mark.gpu
 def test_gradients_of_a_step_equal_those_of_the_cpu(gpu) -> None:
     """Packed and dense batches of the faithful preset, through the operators of either device."""
-    model = paper_model()
+    model = paper_model(torch.float64)
     there = copy.deepcopy(model).cuda()
     for batch in batches(2):
         for which, given in ((model, batch), (there, moved(batch))):
             which.zero_grad()
             assert bool(balanced_step(which, *given, Balance("sum", 4, given[0].device)).finite)
+        largest = max(float(parameter.grad.abs().max()) for parameter in model.parameters())
         for (name, mine), theirs in zip(there.named_parameters(), model.parameters(), strict=True):
             assert mine.grad.is_cuda
-            scale = float(theirs.grad.abs().max())
-            torch.testing.assert_close(mine.grad.cpu(), theirs.grad, rtol=1e-2, atol=1e-2 * scale, msg=name)
+            # Some gradients are rounding alone: a bias of keys adds the same to all scores.
+            scale = max(float(theirs.grad.abs().max()), 1e-3 * largest)
+            difference = float((mine.grad.cpu() - theirs.grad).abs().max())
+            assert difference <= 1e-8 * scale, f"{name}: {difference:.1e} of {scale:.1e}"
 
 
 @pytest.mark.gpu
 def test_a_graph_of_the_whole_step_trains_as_the_step_itself(gpu) -> None:
     """Sparse batches packed; the full one finds no room and takes the dense graph."""
     given = [moved(batch) for batch in batches(6)]
-    eager = paper_model().cuda()
+    eager = paper_model(torch.float64).cuda()
     rows = [
         len(stage.count) for stage in eager.encoder.local_branch.plan(given[0][0]).stages if stage.shift == 1
     ]
@@ -79,7 +87,7 @@ def test_a_graph_of_the_whole_step_trains_as_the_step_itself(gpu) -> None:
     room = [int(1.2 * n) for n in rows]
     models, results = (eager, copy.deepcopy(eager)), []
     for model, graphed in zip(models, (False, True), strict=True):
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, fused=True)
         balance = Balance("mgda", 4, given[0][0].device)
         initial = {name: x.clone() for name, x in model.state_dict().items()}
         step = GraphedStep(model, optimizer, balance, *given[0], room) if graphed else None
@@ -98,7 +106,7 @@ def test_a_graph_of_the_whole_step_trains_as_the_step_itself(gpu) -> None:
         if graphed:
             assert packed == [True] * 5 + [False]
     assert all(x.is_cuda for x in results)
-    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
 
 
 @pytest.mark.gpu
