@@ -28,7 +28,7 @@ __device__ __forceinline__ void warp_sort(float (&value)[kValues]) {
             for (int r = 0; r < kValues; ++r) {
                 const float other = __shfl_xor_sync(kFullMask, value[r], apart);
                 const bool rising = ((lane + 32 * r) & size) == 0, first = (lane & apart) == 0;
-                value[r] = rising == first ? fminf(value[r], other) : fmaxf(value[r], other);
+                value[r] = (value[r] < other) == (rising == first) ? value[r] : other;  // a comparison and a choice
             }
         }
 }

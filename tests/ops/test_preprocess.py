@@ -124,6 +124,23 @@ def test_kernels_equal_the_reference(kernel, wavelength: float, second: float, r
     assert_as_the_reference(kernel, batch(*scans, wavelength=wavelength, second=second), rest)
 
 
+@pytest.mark.parametrize("area", [True, False])
+def test_steps_of_any_kind(kernel, area: bool) -> None:
+    """A gap, points that snap to the same position, steps that widen: an angle does not tell which point is near."""
+    counts = measured(900)[1]
+    gap = np.linspace(10.0, 40.0, 900) + np.where(np.arange(900) < 450, 0.0, 40.0)
+    twice = np.repeat(np.linspace(10.0, 60.0, 451)[:-1], 2) + np.tile([0.0, 1e-6], 450)
+    widening = np.geomspace(6.0, 80.0, 900)
+    scans = [(angle, counts) for angle in (gap, twice, widening)]
+    assert_as_the_reference(kernel, batch(*scans), settings(width=0.0, area=area))
+    assert_as_the_reference(kernel, batch(*scans, wavelength=1.0, second=1.3), settings(width=0.5, area=area))
+
+
+def test_the_widest_windows(kernel) -> None:
+    """1,000 points on either side of a scan of as many points as shared memory holds with them."""
+    assert_as_the_reference(kernel, batch(measured(ops._SHARED_POINTS), measured(3)), settings(width=60.0))
+
+
 def test_a_scan_beyond_shared_memory(kernel) -> None:
     scan = measured(9300)
     assert len(scan[0]) > ops._SHARED_POINTS
