@@ -67,6 +67,7 @@ class TrainingStep:
         self._device_type, self._bf16 = device.type, bf16
         self._extra, self._offsets = extra, offsets
         self._graphed, self._warmed = graphed, 0
+        self._stream = torch.cuda.Stream(device) if graphed else None
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(
@@ -88,7 +89,7 @@ class TrainingStep:
             return self._update(intensity, labels, learning_rate)
         if self._warmed < _WARM_UP:
             self._warmed += 1
-            stream = torch.cuda.Stream(intensity.device)
+            stream = self._stream
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 result = self._update(intensity, labels, learning_rate)
@@ -110,7 +111,7 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         # Other threads draw batches meanwhile, which is none of this capture's business.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._result = self._update(self._intensity, self._labels, None)
         self._graph = graph
 

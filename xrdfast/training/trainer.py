@@ -227,7 +227,10 @@ class Trainer:
         result = self._update(self._moved(intensity), self._labels(number), self._advance)
         # The first averages must not cling to the initial weights.
         decay = min(train.ema_decay, self.step / (self.step + 9.0))
-        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1.0 - decay)
+        with torch.no_grad():  # or the averages would keep every step's graph
+            torch._foreach_lerp_(
+                list(self.averaged.parameters()), list(self.model.parameters()), 1.0 - decay
+            )
         return result.losses, result.weights, result.finite
 
     def _advance(self) -> float:
