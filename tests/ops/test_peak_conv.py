@@ -361,7 +361,7 @@ def test_operators_on_a_gpu(gpu) -> None:
             results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
         for mine, theirs in zip(*reversed(results), strict=True):
             assert mine.is_cuda
-            largest = float(theirs.abs().max())  # sums of up to 768 products, some of which cancel
+            largest = float(theirs.detach().abs().max())  # sums of up to 768 products, some of which cancel
             torch.testing.assert_close(mine.cpu(), theirs, rtol=0, atol=1e-5 * largest)
 
 

@@ -118,6 +118,14 @@ def test_a_stopped_run_continues_bit_for_bit(cubic_store: Path, tmp_path: Path, 
     assert_same_files(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_the_averages_keep_no_graph(cubic_store: Path, tmp_path: Path) -> None:
+    """One that grew by a step a step held all memory of a long run."""
+    trainer = Trainer(tiny_config(cubic_store), tmp_path)
+    for _ in range(2):
+        trainer._train_step()
+    assert not any(average.requires_grad for average in trainer.averaged.parameters())
+
+
 def test_another_seed_is_another_run(cubic_store: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 2)):
         Trainer(tiny_config(cubic_store, epochs=1, seed=seed), tmp_path / name).run()
@@ -301,6 +309,10 @@ def test_what_does_not_fit_is_named(cubic_store: Path, tmp_path: Path) -> None:
         (
             tiny_config(cubic_store, batch_size=64),
             "train.batch_size: must be <= 54 training patterns, got 64",
+        ),
+        (
+            tiny_config(cubic_store, cuda_graph=True),
+            "train.cuda_graph: must be false where there is no GPU, got true",
         ),
         (
             replace(tiny_config(small), data=held_out),

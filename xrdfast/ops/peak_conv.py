@@ -22,9 +22,9 @@ from xrdfast.ops.peak_plan import Stage, check_stage
 KERNEL_WIDTH = 3
 # Wider convolutions are matrix products large enough for the library.
 MAX_NATIVE_WIDTH = 128
-# The same on a GPU: at 64 channels the library's three products take as long by their 8 passes over the rows as ours by
-# arithmetic, at 128 less (reckoned in benchmarks/NOTES.md; bench_peak_conv.py measures it).
-MAX_DEVICE_WIDTH = 64
+# The same on a GPU: on an H200 the library's three products take 1.2 (forward) and 1.4 times (weights) as long as ours
+# at 32 channels, 0.75 and 0.5 times at 64 (benchmarks/bench_on_a_gpu.py).
+MAX_DEVICE_WIDTH = 32
 # Sums over rows that the weights' gradient on a GPU is made of: as many tiles as keep a device busy, of so many rows.
 _WEIGHT_TILES = 1024
 _TILE_WIDTH = 32

@@ -72,6 +72,8 @@ class TrainConfig:
         logit_adjustment: tau of the offsets tau ln(share of a class drawn) inside the cross-entropies, 0 for none:
             the model's own logits then rank rare classes as if all were equally frequent (at 1).
         precision: float32, or bf16 for matrix products under autocast.
+        cuda_graph: on a GPU, launch the step as one CUDA graph; for presets whose step never waits for the device
+            (all but `paper`), one process, no distillation.
         device: auto takes a GPU where there is one.
         seed: of weights, order, augmentation and dropout.
         validate_epochs: epochs between validations.
@@ -99,6 +101,7 @@ class TrainConfig:
     class_balance: float = 0.0
     logit_adjustment: float = 0.0
     precision: str = "float32"
+    cuda_graph: bool = False
     device: str = "auto"
     seed: int = 0
     validate_epochs: int = 1

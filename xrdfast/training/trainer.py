@@ -136,7 +136,6 @@ class Trainer:
             drawn = torch.where(counts > 0, counts.pow(1.0 - train.class_balance), 0.0)
             offsets = logit_offsets(drawn, train.logit_adjustment, self.model.tasks)
             self._offsets = {task: self._moved(rows) for task, rows in offsets.items()}
-        alone = self._processes.count == 1 and self.distiller is None
         self._update = TrainingStep(
             self.model,
             self._parameters,
@@ -148,7 +147,7 @@ class Trainer:
             bf16=train.precision == "bf16",
             extra=self.distiller,
             offsets=self._offsets,
-            graphed=self.device.type == "cuda" and alone and PRESETS[config.model.preset].graphable,
+            graphed=train.cuda_graph,
         )
         self.optimizer = self._update.optimizer
 
@@ -228,9 +227,7 @@ class Trainer:
         # The first averages must not cling to the initial weights.
         decay = min(train.ema_decay, self.step / (self.step + 9.0))
         with torch.no_grad():  # or the averages would keep every step's graph
-            torch._foreach_lerp_(
-                list(self.averaged.parameters()), list(self.model.parameters()), 1.0 - decay
-            )
+            torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1.0 - decay)
         return result.losses, result.weights, result.finite
 
     def _advance(self) -> float:
@@ -494,6 +491,16 @@ class Trainer:
         size, processes = self.config.train.batch_size, self._processes.count
         if size % processes:
             raise InputError(f"train.batch_size: must be a multiple of {processes} processes, got {size}")
+        preset = PRESETS[self.config.model.preset]
+        hindrances = {
+            "there is no GPU": self.device.type != "cuda",
+            f"{preset.name} waits for the device": not preset.graphable,
+            "there are several processes": processes > 1,
+            "distillation is on": self.config.distillation.active,
+        }
+        for reason, is_one in hindrances.items():
+            if is_one and self.config.train.cuda_graph:
+                raise InputError(f"train.cuda_graph: must be false where {reason}, got true")
         if len(self.training) == 0:
             folds = list(self.config.data.folds_validation)
             raise InputError(
