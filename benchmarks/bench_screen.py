@@ -63,7 +63,7 @@ def test_screening(benchmark, row, threads, tmp_path, preset: str, kind: str, n_
     _native.build()  # the readers' module too, which nothing before loads
     source = write_input(tmp_path, kind, n_scans)
     if preset == "small":
-        predictor = SymmetryPredictor.load()
+        predictor = SymmetryPredictor.load("lab-small")
     else:
         predictor = SymmetryPredictor(build_model(preset).eval(), augment=AugmentConfig(profile="lab"))
     assert predictor.reads_scans
@@ -98,7 +98,7 @@ def test_screening_on_a_gpu(benchmark, row, tmp_path) -> None:
         pytest.skip("no CUDA device")
     n_scans, n_readers = 20_000, max(1, n_cores() - 2)
     source = write_input(tmp_path, "packed", n_scans)
-    screener = Screener(SymmetryPredictor.load(device="cuda"), n_readers=n_readers)
+    screener = Screener(SymmetryPredictor.load("lab-small", "cuda"), n_readers=n_readers)
     two_theta, counts = patterns()
     assert (
         len(list(screener.run(scan_of_points(two_theta, one, path="warm") for one in counts))) == N_PATTERNS

@@ -37,7 +37,7 @@ from xrdfast.data.structures import PackedStructures, analyse_symmetry, load_str
 from xrdfast.data.whole_scans import MODEL_SMOOTH_WIDTH, preprocess_whole_scans
 from xrdfast.errors import InputError, shown_path
 from xrdfast.lines import simulate_structure_lines
-from xrdfast.models import SymmetryModel, pretrained_path
+from xrdfast.models import SymmetryModel, model_path
 from xrdfast.ops.render import sticks_to_grid
 from xrdfast.posterior import Calibration, JointPosterior, joint_posterior
 from xrdfast.suspicion import check_phase_weights, doubts
@@ -188,15 +188,15 @@ class SymmetryPredictor:
         return self.augment.profile != "sticks"
 
     @classmethod
-    def load(cls, path: str | Path | None = None, device: str | torch.device = "cpu") -> SymmetryPredictor:
-        """Reads a run folder or model file; None: the weights that ship.
+    def load(cls, path: str | Path = "lab", device: str | torch.device = "cpu") -> SymmetryPredictor:
+        """Reads a run folder, a model file, or weights that ship by their name, "lab" or "lab-small".
 
         Raises:
             InputError: for a file that is missing, damaged, of another kind, or that does not fit its preset.
         """
         from xrdfast.training.checkpoint import load_model, load_model_card
 
-        path = pretrained_path() if path is None else path
+        path = model_path(path)
         card, model = load_model_card(path), load_model(path, device)
         try:
             calibration = Calibration.from_dict(card.calibration) if card.calibration else None

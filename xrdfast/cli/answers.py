@@ -23,7 +23,7 @@ _SHOWN_SET = 20  # space groups of a set that is meant to hold the true one
 
 @cli.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@model_option
+@model_option(default="lab")
 @click.option(
     "--kind",
     type=click.Choice(["auto", "sticks", "scan"]),
@@ -62,7 +62,7 @@ _SHOWN_SET = 20  # space groups of a set that is meant to hold the true one
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def predict(
     file: Path,
-    model: Path | None,
+    model: Path,
     kind: str,
     wavelength: float | None,
     library: Path | None,
@@ -89,7 +89,7 @@ def predict(
     if library is None:
         prediction = predictor.predict_file(file, **asked, n_candidates=top)
     else:
-        prediction, nearest = _second_opinion(predictor, file, library, asked, top, ships=model is None)
+        prediction, nearest = _second_opinion(predictor, file, library, asked, top, ships=str(model) == "lab")
     evidence = find_evidence(predictor, prediction)
     if plot is not None:
         from xrdfast.report import save_plot
@@ -250,7 +250,7 @@ def _percent(share: float) -> str:
 @cli.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 @file_option("-o", "--output", required=True, help="Table of answers (.parquet).")
-@model_option
+@model_option(default="lab-small")
 @wavelength_option
 @click.option(
     "--top", default=5, show_default=True, type=click.IntRange(1, 230), help="Space groups in a row."
@@ -277,7 +277,7 @@ def _percent(share: float) -> str:
 def screen(
     paths: tuple[Path, ...],
     output: Path,
-    model: Path | None,
+    model: Path,
     wavelength: float | None,
     top: int,
     readers: int | None,

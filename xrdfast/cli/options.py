@@ -85,8 +85,10 @@ wavelength_option = click.option(
     metavar="Å|NAME",
     help="Angstrom, or a name such as CuKa1, CuKa (the doublet), MoKa1, CoKa1.",
 )
-model_option = click.option(
+model_option = functools.partial(
+    click.option,
     "--model",
     type=click.Path(path_type=Path),
-    help="Run folder or model file; without it, the weights that ship.",
+    show_default=True,
+    help="Run folder, model file, or weights that ship: lab, or lab-small, a quarter of its work.",
 )

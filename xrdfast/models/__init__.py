@@ -1,7 +1,7 @@
 """Symmetry models: encoders, heads, presets, import of published checkpoints. Not for training them."""
 
 from xrdfast.models.presets import PRESETS, ModelConfig, build_model
-from xrdfast.models.pretrained import pretrained_path
+from xrdfast.models.pretrained import model_path, pretrained_path
 from xrdfast.models.published_checkpoint import import_published_checkpoint
 from xrdfast.models.xrdecoupler import SymmetryLogits, SymmetryModel
 
@@ -12,5 +12,6 @@ __all__ = [
     "SymmetryModel",
     "build_model",
     "import_published_checkpoint",
+    "model_path",
     "pretrained_path",
 ]

@@ -60,8 +60,8 @@ class Screener:
     r"""Symmetry answers for many scans.
 
     Args:
-        model: a predictor, a run folder or model file, or a bare model with the usual axis and no calibration; None:
-            the weights that ship.
+        model: a predictor, a run folder or model file, the name of weights that ship, or a bare model with the usual
+            axis and no calibration.
         wavelength: Angstrom or a name, for scans whose file states none; None assumes copper K-alpha.
         top_k: space groups in a row, 1..230.
         batch_size: patterns that the model takes at once; None: 32 on a CPU, few enough for a core's caches, and 512
@@ -83,7 +83,7 @@ class Screener:
 
     def __init__(
         self,
-        model: SymmetryPredictor | SymmetryModel | str | Path | None = None,
+        model: SymmetryPredictor | SymmetryModel | str | Path = "lab-small",
         *,
         wavelength: str | float | None = None,
         top_k: int = 5,
@@ -97,7 +97,7 @@ class Screener:
         ):
             if not low <= value <= high:
                 raise ValueError(f"Screener: {name} must be in {low}..{high}, got {value}")
-        if model is None or isinstance(model, (str, Path)):
+        if isinstance(model, (str, Path)):
             model = SymmetryPredictor.load(model)
         self.predictor = model if isinstance(model, SymmetryPredictor) else SymmetryPredictor(model)
         self.given = None if wavelength is None else radiation_of(wavelength)
