@@ -7,8 +7,9 @@ copy group (the mean over groups of near copies of the mean in a group), then ag
 the library: all structures that share mineral name or reduced formula with a structure of the right space group whose
 likeness is 0.7 or more and that is among the ten nearest, and with the nearest of the right group in any case; in
 exp_minerals_powdr, with the mineral that the file names. Evidence was fitted on simulated scans and on even copy groups
-of exp_rruff (benchmarks/fit_retrieval.py), and the exponents of "both" are fitted on even groups, so odd groups have
-rows of their own. Training data of the network are not touched here: its rows are the same with and without.
+of exp_rruff (benchmarks/fit_retrieval.py), and the exponents of "both" are fitted on even groups, with the whole
+library and without what was measured in equal parts, so odd groups have rows of their own. Training data of the network
+are not touched here: its rows are the same with and without.
 
 Of exp_rruff it also prints, by copy group, rows by crystal system, by how many structures of the group there are to
 train on and by extinction group; calibration errors and sets on odd groups, with thresholds from even groups; and ten
@@ -32,9 +33,9 @@ from xrdfast.bragg import scan_wavelengths
 from xrdfast.data.generate import generate_store
 from xrdfast.data.store import PatternStore
 from xrdfast.data.structures import analyse_symmetry, load_structures
-from xrdfast.posterior import JointPosterior, conformal_threshold, fit_pool, pool_posteriors
+from xrdfast.posterior import JointPosterior, conformal_threshold
 from xrdfast.prediction import SymmetryPredictor
-from xrdfast.retrieval import KnownStructures, Matches
+from xrdfast.retrieval import KnownStructures, Matches, fit_join, join
 from xrdfast.symmetry import class_index
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -147,20 +148,25 @@ def network_posterior(predictor: SymmetryPredictor, scans: Measured) -> Tensor:
     return torch.cat(rows)
 
 
+def matched(known: KnownStructures, scans: Measured) -> dict[str, Matches]:
+    """With the whole library, and with what was measured taken out of it."""
+    given = scans.two_theta, scans.intensity, scans.wavelength
+    whole = known.match(*given, n_best=N_BEST)
+    gone = what_was_measured(known, scans, whole)
+    return {"whole": whole, "without it": known.match(*given, n_best=N_BEST, exclude=gone)}
+
+
 def answers(
-    known: KnownStructures, scans: Measured, network: Tensor | None, exponents: Sequence[Sequence[float]]
+    found_in: dict[str, Matches], network: Tensor | None, exponents: Sequence[Sequence[Sequence[float]]]
 ) -> Iterator[tuple[str, str, Tensor]]:
     """(library, who answers, (n_scans, 230) probabilities), row by row of the table."""
-    given = scans.two_theta, scans.intensity, scans.wavelength
-    matches = known.match(*given, n_best=N_BEST)
-    without = known.match(*given, exclude=what_was_measured(known, scans, matches))
-    for library, found in (("whole", matches), ("without it", without)):
+    for library, found in found_in.items():
         retrieval = found.space_group.double()
         if network is not None:
             yield library, "network", network
         yield library, "retrieval", retrieval
         if network is not None:
-            yield library, "both", pool_posteriors([network, retrieval], exponents).space_group
+            yield library, "both", join(network, found, exponents).space_group
 
 
 def main() -> None:
@@ -179,7 +185,7 @@ def main() -> None:
         "exp_small": ragged(options.data, "exp_small", names_are_minerals=False),
         "exp_minerals_powdr": ragged(options.data, "exp_minerals_powdr", names_are_minerals=True),
     }
-    exponents: Sequence[Sequence[float]] = ()
+    exponents: Sequence[Sequence[Sequence[float]]] = ()
     print(f"{len(known)} known structures; per cent right by pattern | by copy group")
     columns = f"{'system':>7}{'top-1':>7}{'top-5':>7}"
     print(f"{'scans':<34}{'library':<12}{'answer':<11}{columns} |{columns}")
@@ -187,11 +193,14 @@ def main() -> None:
     for name, scans in files.items():
         network = None if predictor is None else network_posterior(predictor, scans)
         even = scans.copy_group % 2 == 0
+        found_in = matched(known, scans)
         if network is not None and not exponents:  # of the first file, for all
-            retrieval = known.match(scans.two_theta, scans.intensity, scans.wavelength).space_group.double()
-            exponents = fit_pool([network[even], retrieval[even]], scans.space_group_number[even])
+            both = Matches(
+                *(torch.cat([x[even] for x in pair]) for pair in zip(*found_in.values(), strict=True))
+            )
+            exponents = fit_join(network[even].repeat(2, 1), both, scans.space_group_number[even].repeat(2))
         parts = {"all": torch.ones_like(even)} | ({"odd groups": ~even} if name == "exp_rruff" else {})
-        for library, who, probability in answers(known, scans, network, exponents):
+        for library, who, probability in answers(found_in, network, exponents):
             if (name, library) == ("exp_rruff", "whole"):
                 kept[who] = probability
             for part, keep in parts.items():
@@ -204,7 +213,8 @@ def main() -> None:
     thresholds = {who: conformal_threshold(rows[~odd], number[~odd]) for who, rows in kept.items()}
     if exponents:
         print("\nfitted on even copy groups of exp_rruff, for xrdfast.retrieval:")
-        print(f"POOL_EXPONENTS = {tuple(tuple(round(x, 2) for x in pair) for pair in exponents)}")
+        rounded = tuple(tuple(tuple(round(x, 2) for x in pair) for pair in some) for some in exponents)
+        print(f"POOL_EXPONENTS = {rounded}")
         print(f"POOL_THRESHOLD = {thresholds['both']:.5f}")
     if predictor is not None and predictor.calibration is not None and predictor.calibration.threshold:
         kept = {"network as shipped": kept["network"], **kept}

@@ -22,7 +22,8 @@ from xrdfast.data.store import PatternStore
 from xrdfast.data.structures import PackedStructures, analyse_symmetry, from_arrays
 from xrdfast.errors import InputError
 from xrdfast.ops.render_patterns import render_patterns
-from xrdfast.retrieval import KnownStructures, Matches
+from xrdfast.posterior import pool_posteriors
+from xrdfast.retrieval import KnownStructures, Matches, fit_join, join
 from xrdfast.symmetry import class_index
 
 ZERO, HALF = [0.0, 0.0, 0.0], [0.5, 0.5, 0.5]
@@ -241,3 +242,36 @@ def test_evidence_can_be_replaced(store: PatternStore, known: KnownStructures) -
     flat = dataclasses.replace(known.evidence, floor=50.0)
     doubting = KnownStructures(**(fields | {"evidence": flat}))
     assert float(doubting.match(angles, counts, [KA1_WAVELENGTH]).space_group.max()) < 0.01 < float(sure)
+
+
+def matches_of(score: torch.Tensor, space_group: torch.Tensor) -> Matches:
+    """Of scans with these likenesses (n_scans, n_best) and probabilities."""
+    nothing = torch.zeros_like(score)
+    return Matches(nothing.long(), score, nothing, nothing, nothing, space_group)
+
+
+def test_known_structures_say_more_where_one_of_them_is_like_the_scan() -> None:
+    generator = torch.Generator().manual_seed(0)
+    network, own = (torch.randn(3, 230, generator=generator).softmax(1) for _ in range(2))
+    matches = matches_of(torch.tensor([[0.9, 0.2], [0.6, 0.1], [0.1, 0.65]]), own)
+    unlike, like = ((1.0, 0.0), (0.0, 0.0)), ((0.0, 0.0), (1.0, 0.0))
+    joined = join(network, matches, (unlike, like)).space_group
+    torch.testing.assert_close(joined[[0, 2]], pool_posteriors([own], [(1.0, 0.0)]).space_group[[0, 2]])
+    torch.testing.assert_close(joined[1], pool_posteriors([network], [(1.0, 0.0)]).space_group[1])
+
+
+def test_what_is_right_where_is_found_by_the_fit() -> None:
+    """The network is right where nothing is alike, known structures where something is."""
+    generator = torch.Generator().manual_seed(1)
+    number = torch.randint(1, 231, (400,), generator=generator)
+    like = torch.arange(400) % 2 == 0
+    right = torch.full((400, 230), 0.1 / 229).scatter(1, number[:, None] - 1, 0.9)
+    other = (number + torch.randint(1, 230, (400,), generator=generator) - 1) % 230
+    wrong = torch.full((400, 230), 0.1 / 229).scatter(1, other[:, None], 0.9)
+    network, own = torch.where(like[:, None], wrong, right), torch.where(like[:, None], right, wrong)
+    matches = matches_of(torch.where(like, 0.8, 0.5)[:, None], own)
+    unlike, alike = fit_join(network, matches, number)
+    assert unlike[0][0] > 2 * unlike[1][0]
+    assert alike[1][0] > 2 * alike[0][0]
+    joined = join(network, matches, (unlike, alike)).space_group
+    assert float((joined.argmax(1) == number - 1).double().mean()) > 0.99

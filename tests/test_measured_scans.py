@@ -10,6 +10,7 @@ from torch import Tensor
 from benchmarks.measured_scans import (
     Measured,
     answers,
+    matched,
     network_posterior,
     scores,
     what_was_measured,
@@ -98,7 +99,8 @@ def test_what_was_measured_is_taken_out() -> None:
 def rows(network: Tensor | None) -> list[tuple[str, str]]:
     known = library(["AB", "CD"], ["", ""], [225, 221])
     scans = measured([4.0, 4.9], [225, 221])
-    table = list(answers(known, scans, network, [(0.0, 0.0), (1.0, 0.0)]))
+    alone = ((0.0, 0.0), (1.0, 0.0))
+    table = list(answers(matched(known, scans), network, (alone, alone)))
     for library_, who, probability in table:
         # Shares of retrieval are float32.
         one = torch.ones(2, dtype=torch.float64)

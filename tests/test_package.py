@@ -57,7 +57,14 @@ ARROWS = {
         "distillation",
         "errors",
     },
-    "retrieval": {"data", "ops", "symmetry", "bragg", "errors"},
+    "retrieval": {
+        "data",
+        "ops",
+        "symmetry",
+        "bragg",
+        "posterior",  # which joins its answer with a network's
+        "errors",
+    },
     "lines": {"data", "ops", "symmetry", "bragg", "errors"},
     "prediction": {
         "models",

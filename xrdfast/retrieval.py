@@ -45,15 +45,18 @@ from xrdfast.data.whole_scans import preprocess_whole_scans
 from xrdfast.errors import InputError
 from xrdfast.ops.render import check_offsets, sticks_to_grid
 from xrdfast.ops.retrieval import match_structures
+from xrdfast.posterior import JointPosterior, fit_pool, pool_posteriors
 from xrdfast.symmetry import N_SPACE_GROUPS, class_index
 
 FORMAT, VERSION = "xrdfast-library", "1"
 SMOOTH_WIDTH = 0.14  # degrees, about a laboratory peak's width
 _MARGIN = 0.5  # degrees beyond the axis, from which strain brings lines in
-# Of the shipped network's answer joined with this one: exponents of `pool_posteriors`, and the probability from which a
-# group belongs to the set of 95 %. By benchmarks.measured_scans, on even copy groups of exp_rruff.
-POOL_EXPONENTS = ((0.31, -0.24), (0.69, 0.72))
-POOL_THRESHOLD = 0.00192
+# Of the answer of `lab` joined with this one: from which likeness a known structure is taken for that of the scan, or
+# its relative; exponents of `pool_posteriors` where none is and where one is; and the probability from which a group
+# belongs to the set of 95 %. By benchmarks.measured_scans, on even copy groups of exp_rruff.
+POOL_LIKENESS = 0.65
+POOL_EXPONENTS = (((0.34, -0.33), (0.62, 0.88)), ((0.59, 0.3), (0.44, 0.35)))
+POOL_THRESHOLD = 0.00198
 POOL_LEAST_KNOWN = 20_000  # structures from which that holds; it was found with 30,888
 N_CANDIDATES = 100  # go on to the fine comparison
 _SCANS_AT_ONCE = 32
@@ -123,6 +126,37 @@ class Matches(NamedTuple):
     distortion: Tensor  # (n_scans, n_best) float32, norm of the rest of the strain
     zero_shift: Tensor  # (n_scans, n_best) float32, degrees 2theta
     space_group: Tensor  # (n_scans, 230) float32, probabilities; a blank scan has equal ones
+
+
+def join(
+    network: Tensor, matches: Matches, exponents: Sequence[Sequence[Sequence[float]]] = POOL_EXPONENTS
+) -> JointPosterior:
+    """A network's answer pooled with what known structures say, more of the latter where one of them is like the scan.
+
+    Args:
+        network: (n_scans, 230), rows that sum to 1.
+        matches: of the same scans.
+        exponents: of `pool_posteriors`, where no likeness reaches `POOL_LIKENESS` and where one does.
+    """
+    posteriors = [network, matches.space_group]
+    unlike, like = (pool_posteriors(posteriors, some).space_group for some in exponents)
+    return JointPosterior(torch.where(is_like(matches)[:, None], like, unlike))
+
+
+def fit_join(
+    network: Tensor, matches: Matches, space_group_number: Tensor
+) -> tuple[tuple[tuple[float, ...], ...], ...]:
+    """Exponents of `join`, fitted on scans (`fit_pool`) of both kinds."""
+    like = is_like(matches)
+    kinds = [kind.nonzero()[:, 0] for kind in (~like, like)]
+    return tuple(
+        fit_pool([network[rows], matches.space_group[rows]], space_group_number[rows]) for rows in kinds
+    )
+
+
+def is_like(matches: Matches) -> Tensor:
+    """(n_scans,) bool: a known structure's likeness reaches `POOL_LIKENESS`."""
+    return (matches.score >= POOL_LIKENESS).any(dim=1)
 
 
 class KnownStructures:

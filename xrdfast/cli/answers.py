@@ -162,14 +162,13 @@ def _second_opinion(
     The set of the joined answer was calibrated with the weights that ship and a large library: other models and
     small libraries, which make the same answer surer than it is, get none.
     """
-    from xrdfast.posterior import pool_posteriors
-    from xrdfast.retrieval import POOL_EXPONENTS, POOL_LEAST_KNOWN, POOL_THRESHOLD, KnownStructures
+    from xrdfast.retrieval import POOL_LEAST_KNOWN, POOL_THRESHOLD, KnownStructures, join
     from xrdfast.symmetry import N_SPACE_GROUPS
 
     known = KnownStructures.load(library)
     prediction = predictor.predict_file(file, **asked, n_candidates=N_SPACE_GROUPS)
     matches = known.match_file(file, **asked, n_best=_SHOWN_NEAREST)
-    pooled = pool_posteriors([prediction.space_groups(), matches.space_group], POOL_EXPONENTS)
+    pooled = join(prediction.space_groups(), matches)
     note = f"joined with the answer of {len(known)} known structures"
     calibrated = ships and prediction.kind == "scan" and len(known) >= POOL_LEAST_KNOWN
     threshold = POOL_THRESHOLD if calibrated else None
