@@ -1,4 +1,4 @@
-"""Screening of measured scans, packed and as .xy: `small` with the weights that ship, `paper` with random ones."""
+"""Screening of measured scans, packed and as .xy: `small` with the weights `lab-small`, `paper` with random ones."""
 
 from __future__ import annotations
 

@@ -35,13 +35,13 @@ from xrdfast.data.store import PatternStore
 from xrdfast.data.structures import analyse_symmetry, load_structures
 from xrdfast.posterior import JointPosterior, conformal_threshold
 from xrdfast.prediction import SymmetryPredictor
-from xrdfast.retrieval import KnownStructures, Matches, fit_join, join
+from xrdfast.retrieval import POOL_N_BEST, KnownStructures, Matches, fit_join, join
 from xrdfast.symmetry import class_index
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LIBRARY_OF = ("amcsd.npz", "inorganic_mp.npz", "extra_structures.npz")
 LIKE = 0.7  # likeness from which a structure of the right group counts as what was measured
-N_BEST = 10  # among them is what was measured; more would take its relatives out of the library too
+N_BEST = POOL_N_BEST  # among them is what was measured; more would take its relatives out of the library too
 
 
 class Measured(NamedTuple):

@@ -21,7 +21,7 @@ struct RenderPatternsParams {
     const int8_t* rotations;          // (n_rotations, 3, 3)
     const ProfileRow* profile;        // (n_patterns)
     const int64_t* pattern_id;        // (n_patterns)
-    float* intensity;                 // (n_patterns, n_points), maximum 100 but for counts, or all zero
+    float* intensity;                 // (n_patterns, n_points), maximum 100, counts where they stay, or all zero
     int32_t* active_count;            // (n_patterns)
     int16_t* active_patch;            // (n_patterns, n_patches), rising, then -1
     int64_t hkl_stride;               // elements

@@ -23,7 +23,7 @@ from xrdfast.data.structures import PackedStructures, analyse_symmetry, from_arr
 from xrdfast.errors import InputError
 from xrdfast.ops.render_patterns import render_patterns
 from xrdfast.posterior import pool_posteriors
-from xrdfast.retrieval import KnownStructures, Matches, fit_join, join
+from xrdfast.retrieval import POOL_EXPONENTS, KnownStructures, Matches, fit_join, join
 from xrdfast.symmetry import class_index
 
 ZERO, HALF = [0.0, 0.0, 0.0], [0.5, 0.5, 0.5]
@@ -258,6 +258,15 @@ def test_known_structures_say_more_where_one_of_them_is_like_the_scan() -> None:
     joined = join(network, matches, (unlike, like)).space_group
     torch.testing.assert_close(joined[[0, 2]], pool_posteriors([own], [(1.0, 0.0)]).space_group[[0, 2]])
     torch.testing.assert_close(joined[1], pool_posteriors([network], [(1.0, 0.0)]).space_group[1])
+
+
+def test_a_kind_of_scans_that_is_not_there_keeps_its_exponents() -> None:
+    number = torch.tensor([1, 2, 3])
+    own = torch.full((3, 230), 0.1 / 229).scatter(1, number[:, None] - 1, 0.9)
+    for score, kept in ((0.2, 1), (0.9, 0)):
+        fitted = fit_join(own, matches_of(torch.full((3, 10), score), own), number)
+        assert fitted[kept] == POOL_EXPONENTS[kept]
+        assert fitted[1 - kept] != POOL_EXPONENTS[1 - kept]
 
 
 def test_what_is_right_where_is_found_by_the_fit() -> None:

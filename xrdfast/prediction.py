@@ -188,8 +188,8 @@ class SymmetryPredictor:
         return self.augment.profile != "sticks"
 
     @classmethod
-    def load(cls, path: str | Path = "lab", device: str | torch.device = "cpu") -> SymmetryPredictor:
-        """Reads a run folder, a model file, or weights that ship by their name, "lab" or "lab-small".
+    def load(cls, path: str | Path | None = None, device: str | torch.device = "cpu") -> SymmetryPredictor:
+        """Reads a run folder, a model file, or weights that ship, "lab" or "lab-small"; None: "lab".
 
         Raises:
             InputError: for a file that is missing, damaged, of another kind, or that does not fit its preset.

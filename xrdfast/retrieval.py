@@ -55,6 +55,7 @@ _MARGIN = 0.5  # degrees beyond the axis, from which strain brings lines in
 # its relative; exponents of `pool_posteriors` where none is and where one is; and the probability from which a group
 # belongs to the set of 95 %. By benchmarks.measured_scans, on even copy groups of exp_rruff.
 POOL_LIKENESS = 0.65
+POOL_N_BEST = 10  # nearest structures that are looked at for it
 POOL_EXPONENTS = (((0.34, -0.33), (0.62, 0.88)), ((0.59, 0.3), (0.44, 0.35)))
 POOL_THRESHOLD = 0.00198
 POOL_LEAST_KNOWN = 20_000  # structures from which that holds; it was found with 30,888
@@ -135,7 +136,7 @@ def join(
 
     Args:
         network: (n_scans, 230), rows that sum to 1.
-        matches: of the same scans.
+        matches: of the same scans, with `POOL_N_BEST` nearest structures each.
         exponents: of `pool_posteriors`, where no likeness reaches `POOL_LIKENESS` and where one does.
     """
     posteriors = [network, matches.space_group]
@@ -146,11 +147,14 @@ def join(
 def fit_join(
     network: Tensor, matches: Matches, space_group_number: Tensor
 ) -> tuple[tuple[tuple[float, ...], ...], ...]:
-    """Exponents of `join`, fitted on scans (`fit_pool`) of both kinds."""
+    """Exponents of `join` by `fit_pool`, for scans of both kinds; a kind without any keeps its `POOL_EXPONENTS`."""
     like = is_like(matches)
     kinds = [kind.nonzero()[:, 0] for kind in (~like, like)]
     return tuple(
-        fit_pool([network[rows], matches.space_group[rows]], space_group_number[rows]) for rows in kinds
+        fit_pool([network[rows], matches.space_group[rows]], space_group_number[rows])
+        if len(rows)
+        else shipped
+        for rows, shipped in zip(kinds, POOL_EXPONENTS, strict=True)
     )
 
 

@@ -65,6 +65,11 @@ def test_a_file_and_overrides(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("table", "values", "message"),
     [
+        (
+            "augment",
+            {"preparation": "measured"},
+            "augment.preparation: must be known for sticks, got measured",
+        ),
         ("train", {"learning_rate": -1}, "train.learning_rate: must be > 0, got -1.0"),
         ("train", {"learning_rate": "x"}, 'train.learning_rate: must be a finite number, got "x"'),
         ("train", {"learning_rate": float("nan")}, "train.learning_rate: must be a finite number, got nan"),

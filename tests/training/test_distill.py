@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 from tests.training.test_trainer import assert_same_files, records, stop_at
 from tests.training.tiny import tiny_config, write_cubic_store
+from xrdfast.bragg import KA1_WAVELENGTH
 from xrdfast.cli import cli
+from xrdfast.data.generate import AugmentConfig
 from xrdfast.distillation import softened_divergence
 from xrdfast.errors import InputError
 from xrdfast.models import build_model
@@ -264,7 +266,15 @@ def test_a_teacher_must_have_seen_the_students_patterns(
         Trainer(config, tmp_path / "student")
 
 
+def test_a_teacher_of_another_preparation_is_refused(cubic_store: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(tiny_config(cubic_store, epochs=1), augment=AugmentConfig(profile="lab"))
+    Trainer(config, tmp_path / "teacher").run()
+    measured = AugmentConfig(profile="lab", preparation="measured")
+    with pytest.raises(InputError, match=r"augment\.preparation: must be the student's measured, got known"):
+        check_teacher(str(tmp_path / "teacher"), (0,), measured, KA1_WAVELENGTH)
+
+
 def test_a_teacher_of_another_wavelength_is_refused(cubic_store: Path, tmp_path: Path) -> None:
     Trainer(tiny_config(cubic_store, epochs=1), tmp_path / "teacher").run()
     with pytest.raises(InputError, match=r"wavelength: must be the student's 0\.7, got 1\.54"):
-        check_teacher(str(tmp_path / "teacher"), (0,), "sticks", 0.7)
+        check_teacher(str(tmp_path / "teacher"), (0,), AugmentConfig(), 0.7)

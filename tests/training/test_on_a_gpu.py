@@ -8,6 +8,7 @@ within four steps. In double it was 3e-12 of a gradient and 1e-14 of a loss.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,22 @@ def test_the_trainer_finishes_on_the_device(gpu, tmp_path: Path) -> None:
     result = Trainer(config, tmp_path / "run").run()
     assert result.status == "finished"
     assert result.step == 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("profile", ["sticks", "lab"])
+def test_batches_drawn_ahead_are_those_drawn_at_once(gpu, tmp_path: Path, profile: str) -> None:
+    """Over the end of an epoch, and after a jump to another step."""
+    write_cubic_store(tmp_path / "cubic.store.safetensors")
+    config = tiny_config(tmp_path / "cubic.store.safetensors", preset="small", device="cuda")
+    augment = AugmentConfig(profile=profile, preparation="known" if profile == "sticks" else "measured")
+    trainer = Trainer(dataclasses.replace(config, augment=augment), tmp_path / "run")
+    for step in (0, 1, 2, 3, 4, 9, 10, 2):
+        got, number = trainer._batches.take(step)
+        want, same = trainer._batches._draw(step)
+        assert torch.equal(got, want) and torch.equal(number, same)
+    trainer._batches.close()
+    assert torch.equal(trainer._batches.take(0)[0], trainer._batches._draw(0)[0])
 
 
 @pytest.mark.gpu

@@ -23,7 +23,7 @@ _SHOWN_SET = 20  # space groups of a set that is meant to hold the true one
 
 @cli.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@model_option(default="lab")
+@model_option("lab")
 @click.option(
     "--kind",
     type=click.Choice(["auto", "sticks", "scan"]),
@@ -62,7 +62,7 @@ _SHOWN_SET = 20  # space groups of a set that is meant to hold the true one
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def predict(
     file: Path,
-    model: Path,
+    model: Path | None,
     kind: str,
     wavelength: float | None,
     library: Path | None,
@@ -77,6 +77,7 @@ def predict(
     """Answers for one pattern (an instrument's file, or two columns of text) or one structure (a round trip)."""
     from xrdfast.errors import InputError
     from xrdfast.evidence import find_evidence
+    from xrdfast.models import model_path, pretrained_path
     from xrdfast.prediction import STRUCTURE_SUFFIXES, SymmetryPredictor, is_structure_file
 
     if library is not None and is_structure_file(file, kind):
@@ -89,7 +90,8 @@ def predict(
     if library is None:
         prediction = predictor.predict_file(file, **asked, n_candidates=top)
     else:
-        prediction, nearest = _second_opinion(predictor, file, library, asked, top, ships=str(model) == "lab")
+        ships = model_path(model).resolve() == pretrained_path()
+        prediction, nearest = _second_opinion(predictor, file, library, asked, top, ships=ships)
     evidence = find_evidence(predictor, prediction)
     if plot is not None:
         from xrdfast.report import save_plot
@@ -159,21 +161,21 @@ def _second_opinion(
 ) -> tuple[Prediction, list[dict[str, Any]]]:
     """The model's answer joined with that of known structures, and the nearest of these.
 
-    The set of the joined answer was calibrated with the weights that ship and a large library: other models and
+    The set of the joined answer was calibrated with the weights `lab` and a large library: other models and
     small libraries, which make the same answer surer than it is, get none.
     """
-    from xrdfast.retrieval import POOL_LEAST_KNOWN, POOL_THRESHOLD, KnownStructures, join
+    from xrdfast.retrieval import POOL_LEAST_KNOWN, POOL_N_BEST, POOL_THRESHOLD, KnownStructures, join
     from xrdfast.symmetry import N_SPACE_GROUPS
 
     known = KnownStructures.load(library)
     prediction = predictor.predict_file(file, **asked, n_candidates=N_SPACE_GROUPS)
-    matches = known.match_file(file, **asked, n_best=_SHOWN_NEAREST)
+    matches = known.match_file(file, **asked, n_best=POOL_N_BEST)
     pooled = join(prediction.space_groups(), matches)
     note = f"joined with the answer of {len(known)} known structures"
     calibrated = ships and prediction.kind == "scan" and len(known) >= POOL_LEAST_KNOWN
     threshold = POOL_THRESHOLD if calibrated else None
     joined = prediction.with_posterior(pooled, top, note, threshold)
-    return joined, known.describe(matches)[0]
+    return joined, known.describe(matches)[0][:_SHOWN_NEAREST]
 
 
 def _show_nearest(nearest: list[dict[str, Any]]) -> None:
@@ -249,7 +251,7 @@ def _percent(share: float) -> str:
 @cli.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 @file_option("-o", "--output", required=True, help="Table of answers (.parquet).")
-@model_option(default="lab-small")
+@model_option("lab-small")
 @wavelength_option
 @click.option(
     "--top", default=5, show_default=True, type=click.IntRange(1, 230), help="Space groups in a row."
@@ -276,7 +278,7 @@ def _percent(share: float) -> str:
 def screen(
     paths: tuple[Path, ...],
     output: Path,
-    model: Path,
+    model: Path | None,
     wavelength: float | None,
     top: int,
     readers: int | None,
@@ -294,6 +296,7 @@ def screen(
     Exit code 0: all answered, 1: some not, 2: nothing done.
     """
     from xrdfast.errors import InputError
+    from xrdfast.models import model_path
     from xrdfast.prediction import SymmetryPredictor
     from xrdfast.processes import n_cores
     from xrdfast.screening.pipeline import Screener, rank_of_environment
@@ -308,7 +311,8 @@ def screen(
     if device == "cuda" and engine == "ray":
         raise click.UsageError("--device cuda goes with --engine local")
     n_readers = n_cores() if readers is None else readers
-    predictor = SymmetryPredictor.load(model, local_device("cpu" if engine == "ray" else device, "--device"))
+    place = local_device("cpu" if engine == "ray" else device, "--device")
+    predictor = SymmetryPredictor.load(model_path(model, "lab-small"), place)
     screener = Screener(predictor, wavelength=wavelength, top_k=top, batch_size=batch, n_readers=n_readers)
     done = (0, 0)
 

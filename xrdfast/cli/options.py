@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -85,10 +87,13 @@ wavelength_option = click.option(
     metavar="Å|NAME",
     help="Angstrom, or a name such as CuKa1, CuKa (the doublet), MoKa1, CoKa1.",
 )
-model_option = functools.partial(
-    click.option,
-    "--model",
-    type=click.Path(path_type=Path),
-    show_default=True,
-    help="Run folder, model file, or weights that ship: lab, or lab-small, a quarter of its work.",
-)
+
+
+def model_option(default: str) -> Callable[[Any], Any]:
+    """--model, and the weights that a command takes without it."""
+    return click.option(
+        "--model",
+        type=click.Path(path_type=Path),
+        help="Run folder, model file, or weights that ship: lab, or lab-small, a quarter of its work. Without it, "
+        f"{default}.",
+    )

@@ -1,7 +1,7 @@
 """Simulated scans of one phase and of two, counted and then prepared as measured ones are.
 
 What a suspicion of several phases is fitted and judged on. Not for what models of symmetry train on
-(`xrdfast.data.generate`), whose patterns are made preprocessed.
+(`xrdfast.data.generate`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from xrdfast.data.generate import AugmentConfig, draw_strain, strained_reciproca
 from xrdfast.data.profiles import PROFILES, draw_profiles
 from xrdfast.data.store import FamilyBatch, PatternStore
 from xrdfast.data.whole_scans import MODEL_SMOOTH_WIDTH, preprocess_whole_scans
-from xrdfast.ops.line_profile import ProfileParameters
+from xrdfast.ops.line_profile import ProfileParameters, measured_ranges
 from xrdfast.ops.render_patterns import render_patterns
 
 SHARES = (0.1, 0.5)  # of the area, from the second phase
@@ -127,6 +127,8 @@ def count_scans(
     hump = p.hump_height * torch.exp2(-(((two_theta - p.hump_center) / (0.5 * p.hump_fwhm)) ** 2))
     rate = p.counts * (peaks / peaks.amax(dim=1, keepdim=True) + (level + hump).clamp(min=0.0))
     counts = torch.poisson(rate.float(), generator=generator)
-    inside = (two_theta >= p.two_theta_first) & (two_theta < p.two_theta_last)
+    first, last = measured_ranges(profile, (grid.two_theta_min, grid.two_theta_step, grid.n_points))
+    point = torch.arange(grid.n_points)
+    inside = (point >= first[:, None]) & (point < last[:, None])
     angles = [two_theta[keep].numpy() for keep in inside]
     return angles, [row[keep].numpy() for keep, row in zip(inside, counts, strict=True)]

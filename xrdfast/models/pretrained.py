@@ -26,12 +26,19 @@ def pretrained_path(name: str = "lab") -> Path:
     return path
 
 
-def model_path(model: str | Path) -> Path:
-    """A path as it is, or, where nothing lies there, that of the weights that ship under this name.
+def model_path(model: str | Path | None, default: str = "lab") -> Path:
+    """Where a model lies: a path as it is; for the name of weights that ship theirs, unless a model lies there.
+
+    Args:
+        model: a run folder, a model file or a name; None for the weights `default`.
 
     Example:
-        >>> model_path("lab-small").name
-        'lab-small.safetensors'
+        >>> model_path("lab-small").name, model_path(None).name
+        ('lab-small.safetensors', 'lab.safetensors')
     """
-    ships = (_FOLDER / f"{model}.safetensors").is_file() and not Path(model).exists()
-    return pretrained_path(str(model)) if ships else Path(model)
+    if model is None:
+        return pretrained_path(default)
+    path, name = Path(model), str(model)
+    ships = path.name == name and (_FOLDER / f"{name}.safetensors").is_file()
+    is_model = path.is_file() or (path / "model.safetensors").is_file()
+    return pretrained_path(name) if ships and not is_model else path

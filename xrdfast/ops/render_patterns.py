@@ -84,7 +84,7 @@ def render_patterns(
     background is taken off (what SNIP does to a scan, without its errors), points under clip_sigma times the noise
     become exactly 0 (as in preprocessing: the noise is median |second difference| / (0.6745 sqrt 6) of blocks of 64
     points, linear between their centres), and the maximum becomes 100. Without a `clip_sigma` the counts stay as a
-    detector gives them, background and all, for `preprocess_scans`.
+    detector gives them, background and all, for `preprocess_scans`; a profile without counts gives its peaks as ever.
 
     Args:
         offset, hkl, multiplicity, f_squared, reciprocal_metric, b_overall: as in `render_sticks`.
@@ -112,6 +112,8 @@ def render_patterns(
         profile: Toraya, J. Appl. Cryst. 23, 485 (1990), with the cot 2theta of axial divergence (Klug & Alexander,
         X-ray Diffraction Procedures, 1974); Stokes & Wilson, Proc. Phys. Soc. 56, 174 (1944) for microstrain.
     """
+    if clip_sigma is not None:
+        _require(0.0 <= clip_sigma < math.inf, "clip_sigma", "finite and >= 0, or None", clip_sigma)
     return RenderedPatterns(
         *torch.ops.xrdfast.render_patterns(
             offset,

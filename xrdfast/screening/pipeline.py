@@ -29,7 +29,7 @@ from torch import Tensor
 from xrdfast.bragg import radiation_of
 from xrdfast.data.scans import Scan
 from xrdfast.errors import InputError
-from xrdfast.models import SymmetryModel
+from xrdfast.models import SymmetryModel, model_path
 from xrdfast.posterior import joint_posterior
 from xrdfast.prediction import SUPERCLASSES, SymmetryPredictor
 from xrdfast.screening.manifest import Manifest, part_errors
@@ -61,7 +61,7 @@ class Screener:
 
     Args:
         model: a predictor, a run folder or model file, the name of weights that ship, or a bare model with the usual
-            axis and no calibration.
+            axis and no calibration; None: the weights "lab-small".
         wavelength: Angstrom or a name, for scans whose file states none; None assumes copper K-alpha.
         top_k: space groups in a row, 1..230.
         batch_size: patterns that the model takes at once; None: 32 on a CPU, few enough for a core's caches, and 512
@@ -83,7 +83,7 @@ class Screener:
 
     def __init__(
         self,
-        model: SymmetryPredictor | SymmetryModel | str | Path = "lab-small",
+        model: SymmetryPredictor | SymmetryModel | str | Path | None = None,
         *,
         wavelength: str | float | None = None,
         top_k: int = 5,
@@ -97,8 +97,8 @@ class Screener:
         ):
             if not low <= value <= high:
                 raise ValueError(f"Screener: {name} must be in {low}..{high}, got {value}")
-        if isinstance(model, (str, Path)):
-            model = SymmetryPredictor.load(model)
+        if model is None or isinstance(model, (str, Path)):
+            model = SymmetryPredictor.load(model_path(model, "lab-small"))
         self.predictor = model if isinstance(model, SymmetryPredictor) else SymmetryPredictor(model)
         self.given = None if wavelength is None else radiation_of(wavelength)
         if batch_size is None:

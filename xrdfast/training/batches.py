@@ -37,7 +37,7 @@ class Batches:
     ) -> None:
         self._source, self._training, self._config, self._processes = source, training, config, processes
         self.steps_per_epoch = len(training) // config.batch_size
-        self._order: tuple[int, Tensor] | None = None  # epoch and its order
+        self._orders: dict[int, Tensor] = {}  # of the last two epochs, as threads meet where one ends
         self._threads: ThreadPoolExecutor | None = None
         if source.device.type == "cuda":
             self._threads = ThreadPoolExecutor(_THREADS, "batches")
@@ -67,8 +67,8 @@ class Batches:
         """Store rows of this process in a step."""
         config, count = self._config, self._processes.count
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = self._order  # several threads come here
-        if order is None or order[0] != epoch:
+        order = self._orders.get(epoch)
+        if order is None:
             generator = torch.Generator().manual_seed(seed_of(config.seed, "order", epoch, 0))
             if config.class_balance:
                 counts = self._source.store.group_counts(self._training)
@@ -77,15 +77,20 @@ class Batches:
                 drawn = torch.multinomial(weight, len(weight), replacement=True, generator=generator)
             else:
                 drawn = torch.randperm(len(self._training), generator=generator)
-            self._order = order = epoch, self._training[drawn]
+            order = self._training[drawn]
+            self._orders = {e: rows for e, rows in self._orders.items() if abs(e - epoch) <= 1} | {
+                epoch: order
+            }
         size = config.batch_size // count
         begin = position * config.batch_size + self._processes.rank * size
-        return order[1][begin : begin + size]
+        return order[begin : begin + size]
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the threads; another run begins with new ones."""
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
+            self._threads = ThreadPoolExecutor(_THREADS, "batches")
+            self._drawn.clear()
 
     def _draw(self, step: int) -> tuple[Tensor, Tensor]:
         seed = seed_of(self._config.seed, "pattern", step, self._processes.rank)

@@ -182,6 +182,8 @@ class RunConfig:
         for key, (rule, holds) in _RULES.items():
             if not holds(values[key]):
                 raise InputError(f"{key}: must be {rule}, got {_shown(values[key])}")
+        if self.augment.profile == "sticks" and self.augment.preparation != "known":
+            raise InputError(f"augment.preparation: must be known for sticks, got {self.augment.preparation}")
         if self.train.epochs == 0 and self.train.max_minutes == 0:
             raise InputError("train.epochs: must be > 0 where train.max_minutes is 0, got 0")
 

@@ -7,6 +7,7 @@ step weighs them (`balance.py`).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from xrdfast.bragg import wavelength_of
+from xrdfast.data.generate import AugmentConfig
 from xrdfast.distillation import DRGLoss, DSRLoss, SelfDistillation, softened_divergence
 from xrdfast.errors import InputError
 from xrdfast.models import PRESETS, SymmetryModel
@@ -159,15 +161,18 @@ class Distiller:
         )
 
 
-def check_teacher(path: str, folds_validation: Sequence[int], profile: str, wavelength: float) -> None:
+def check_teacher(
+    path: str, folds_validation: Sequence[int], student: AugmentConfig, wavelength: float
+) -> None:
     """Sees that a teacher knows the patterns of its student, and not those that judge the student.
 
     Args:
         path: run folder or model file.
-        folds_validation, profile, wavelength: of the student's run.
+        folds_validation, student, wavelength: of the student's run; `student` is its augmentation.
 
     Raises:
-        InputError: for other validation folds, another profile or wavelength; what the file does not state, passes.
+        InputError: for other validation folds, another profile, preparation or wavelength; what the file does not
+            state, passes.
     """
     card = checkpoint.load_model_card(path)
     data, augment = (card.config.get(table, {}) for table in ("data", "augment"))
@@ -176,10 +181,11 @@ def check_teacher(path: str, folds_validation: Sequence[int], profile: str, wave
         raise InputError(
             f"{path}: data.folds_validation: must be the student's {sorted(folds_validation)}, got {sorted(folds)}"
         )
-    if card.config and augment.get("profile", "sticks") != profile:
-        raise InputError(
-            f"{path}: augment.profile: must be the student's {profile}, got {augment.get('profile', 'sticks')}"
-        )
+    of_student = dataclasses.asdict(student)
+    for key in ("profile", "preparation") if card.config else ():
+        got = augment.get(key, getattr(AugmentConfig(), key))
+        if got != of_student[key]:
+            raise InputError(f"{path}: augment.{key}: must be the student's {of_student[key]}, got {got}")
     if not math.isclose(wavelength_of(card.wavelength), wavelength, rel_tol=1e-6):
         raise InputError(f"{path}: wavelength: must be the student's {wavelength}, got {card.wavelength}")
 

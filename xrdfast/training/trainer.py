@@ -117,9 +117,9 @@ class Trainer:
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
         distills = config.distillation.active
         if config.distillation.teacher:
-            folds, profile = config.data.folds_validation, config.augment.profile
+            folds = config.data.folds_validation
             wavelength = self.store.simulation.wavelength
-            check_teacher(config.distillation.teacher, folds, profile, wavelength)
+            check_teacher(config.distillation.teacher, folds, config.augment, wavelength)
         self.distiller = Distiller(config.distillation, self.model) if distills else None
         self._named_parameters = list(self.model.named_parameters())
         if self.distiller is not None:
@@ -452,10 +452,10 @@ class Trainer:
             ) from error
 
     def _check_same_run(self, path: Path, config: dict[str, Any], data: dict[str, Any]) -> None:
-        own = self.config.to_dict()
+        own, before = self.config.to_dict(), RunConfig(data=self.config.data).to_dict()
         for table, settings in own.items():
             for key, value in settings.items():
-                saved = config.get(table, {}).get(key, value)  # a setting younger than the run
+                saved = config.get(table, {}).get(key, before[table][key])  # a setting younger than the run
                 if saved != value and f"{table}.{key}" not in _FREE_ON_RESUME:
                     raise InputError(
                         f"{path}: {table}.{key}: must be {saved} to resume this run, got {value}"
