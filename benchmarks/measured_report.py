@@ -105,25 +105,25 @@ def show_parts(answers: Mapping[str, Tensor], number: Tensor, group: Tensor, fol
 
 
 def show_calibration(
-    answers: Mapping[str, Tensor], thresholds: Mapping[str, float], number: Tensor, tested: Tensor
+    answers: Mapping[str, Tensor], thresholds: Mapping[str, Tensor], number: Tensor, tested: Tensor
 ) -> None:
     """Ends a heading's line, then prints calibration errors and what sets of a threshold hold.
 
     Args:
         answers: (n_scans, 230) of each.
-        thresholds: of each, from which probability a group belongs to its set.
+        thresholds: (n_scans,) of each, from which probability a group belongs to its set.
         number: (n_scans,).
         tested: (n_scans,) bool, scans to print it of.
     """
     print(
         ", per cent; ECE: expected calibration error, by chance: the mean of labels drawn from the answer itself"
     )
-    columns = ("ECE", "by chance", "ECE system", "held by sets", "median size", "mean size", "threshold")
+    columns = ("ECE", "by chance", "ECE system", "held by sets", "median size", "mean size")
     print(f"{'answer':<19}" + "".join(f"{name:>13}" for name in columns))
     for who, probability in answers.items():
         answer, index = JointPosterior(probability[tested]), number[tested] - 1
         system = torch.tensor(class_index("crystal_system"))[index]
-        sets = answer.conformal_sets(thresholds[who])
+        sets = answer.conformal_sets(thresholds[who][tested, None])
         size = sets.sum(1).double()
         cells = [
             100.0 * expected_calibration_error(answer.space_group, index),
@@ -133,7 +133,7 @@ def show_calibration(
             float(size.quantile(0.5)),
             float(size.mean()),
         ]
-        print(f"{who:<19}" + "".join(f"{x:13.1f}" for x in cells) + f"{thresholds[who]:13.5f}")
+        print(f"{who:<19}" + "".join(f"{x:13.1f}" for x in cells))
 
 
 def _error_by_chance(probability: Tensor) -> float:

@@ -35,7 +35,7 @@ from xrdfast.data.store import PatternStore
 from xrdfast.data.structures import analyse_symmetry, load_structures
 from xrdfast.posterior import JointPosterior, conformal_threshold
 from xrdfast.prediction import SymmetryPredictor
-from xrdfast.retrieval import POOL_N_BEST, KnownStructures, Matches, fit_join, join
+from xrdfast.retrieval import POOL_N_BEST, KnownStructures, Matches, fit_join, is_like, join
 from xrdfast.symmetry import class_index
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -202,7 +202,7 @@ def main() -> None:
         parts = {"all": torch.ones_like(even)} | ({"odd groups": ~even} if name == "exp_rruff" else {})
         for library, who, probability in answers(found_in, network, exponents):
             if (name, library) == ("exp_rruff", "whole"):
-                kept[who] = probability
+                kept[who], like = probability, is_like(found_in[library])
             for part, keep in parts.items():
                 found = scores(probability[keep], scans.space_group_number[keep], scans.copy_group[keep])
                 first, second = ("".join(f"{x:7.1f}" for x in half) for half in (found[:3], found[3:]))
@@ -210,15 +210,21 @@ def main() -> None:
                 print(f"{label:<34}{library:<12}{who:<11}{first} |{second}", flush=True)
     scans = files["exp_rruff"]
     number, odd = scans.space_group_number, scans.copy_group % 2 == 1
-    thresholds = {who: conformal_threshold(rows[~odd], number[~odd]) for who, rows in kept.items()}
+    even = ~odd
+    thresholds = {
+        who: torch.full((len(number),), conformal_threshold(rows[even], number[even]))
+        for who, rows in kept.items()
+    }
     if exponents:
         print("\nfitted on even copy groups of exp_rruff, for xrdfast.retrieval:")
         rounded = tuple(tuple(tuple(round(x, 2) for x in pair) for pair in some) for some in exponents)
         print(f"POOL_EXPONENTS = {rounded}")
-        print(f"POOL_THRESHOLD = {thresholds['both']:.5f}")
+        of_kinds = [conformal_threshold(kept["both"][even & k], number[even & k]) for k in (~like, like)]
+        thresholds["both"] = torch.where(like, of_kinds[1], of_kinds[0])
+        print(f"POOL_THRESHOLDS = {tuple(round(x, 5) for x in of_kinds)}")
     if predictor is not None and predictor.calibration is not None and predictor.calibration.threshold:
         kept = {"network as shipped": kept["network"], **kept}
-        thresholds["network as shipped"] = predictor.calibration.threshold
+        thresholds["network as shipped"] = torch.full((len(number),), predictor.calibration.threshold)
     for part, keep in {
         "odd copy groups, unseen": odd,
         "all, half of them fitted on": torch.ones_like(odd),

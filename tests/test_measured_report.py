@@ -102,7 +102,9 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     probability = torch.full((3, 230), 0.1 / 229.0, dtype=torch.float64)
     probability[:2, 220] = probability[2, 224] = 0.9
     odd, group = torch.tensor([True, True, True]), torch.tensor([1, 1, 3])
-    show_calibration({"both": probability}, {"both": 0.5}, scans.space_group_number, odd)
+    show_calibration(
+        {"both": probability}, {"both": torch.full((len(odd),), 0.5)}, scans.space_group_number, odd
+    )
     held = capsys.readouterr().out.splitlines()[-1].split()
     # 0.9 sure and right in one of three; labels drawn from the answer itself are right in nine of ten.
     assert held[0] == "both" and float(held[1]) == pytest.approx(56.7)

@@ -135,11 +135,11 @@ class JointPosterior:
         empty = self.space_group.new_zeros(len(self.space_group), int(class_index(level).max()) + 1)
         return empty.index_add(1, classes, self.space_group)
 
-    def conformal_sets(self, threshold: float) -> Tensor:
+    def conformal_sets(self, threshold: float | Tensor) -> Tensor:
         """Space groups of at least a threshold's probability, and always the most probable one.
 
         Args:
-            threshold: of a calibration.
+            threshold: of a calibration; or (n_patterns, 1), one each.
 
         Returns:
             (n_patterns, 230) bool, by space group index.

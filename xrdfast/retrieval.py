@@ -52,12 +52,12 @@ FORMAT, VERSION = "xrdfast-library", "1"
 SMOOTH_WIDTH = 0.14  # degrees, about a laboratory peak's width
 _MARGIN = 0.5  # degrees beyond the axis, from which strain brings lines in
 # Of the answer of `lab` joined with this one: from which likeness a known structure is taken for that of the scan, or
-# its relative; exponents of `pool_posteriors` where none is and where one is; and the probability from which a group
-# belongs to the set of 95 %. By benchmarks.measured_scans, on even copy groups of exp_rruff.
+# its relative; exponents of `pool_posteriors` where none is and where one is; and the probabilities from which a group
+# belongs to the set of 95 %, likewise. By benchmarks.measured_scans, on even copy groups of exp_rruff.
 POOL_LIKENESS = 0.65
 POOL_N_BEST = 10  # nearest structures that are looked at for it
 POOL_EXPONENTS = (((0.34, -0.33), (0.62, 0.88)), ((0.59, 0.3), (0.44, 0.35)))
-POOL_THRESHOLD = 0.00198
+POOL_THRESHOLDS = (0.00073, 0.00417)
 POOL_LEAST_KNOWN = 20_000  # structures from which that holds; it was found with 30,888
 N_CANDIDATES = 100  # go on to the fine comparison
 _SCANS_AT_ONCE = 32

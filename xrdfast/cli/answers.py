@@ -164,7 +164,14 @@ def _second_opinion(
     The set of the joined answer was calibrated with the weights `lab` and a large library: other models and
     small libraries, which make the same answer surer than it is, get none.
     """
-    from xrdfast.retrieval import POOL_LEAST_KNOWN, POOL_N_BEST, POOL_THRESHOLD, KnownStructures, join
+    from xrdfast.retrieval import (
+        POOL_LEAST_KNOWN,
+        POOL_N_BEST,
+        POOL_THRESHOLDS,
+        KnownStructures,
+        is_like,
+        join,
+    )
     from xrdfast.symmetry import N_SPACE_GROUPS
 
     known = KnownStructures.load(library)
@@ -173,7 +180,7 @@ def _second_opinion(
     pooled = join(prediction.space_groups(), matches)
     note = f"joined with the answer of {len(known)} known structures"
     calibrated = ships and prediction.kind == "scan" and len(known) >= POOL_LEAST_KNOWN
-    threshold = POOL_THRESHOLD if calibrated else None
+    threshold = POOL_THRESHOLDS[int(is_like(matches)[0])] if calibrated else None
     joined = prediction.with_posterior(pooled, top, note, threshold)
     return joined, known.describe(matches)[0][:_SHOWN_NEAREST]
 
