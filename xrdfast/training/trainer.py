@@ -2,8 +2,9 @@
 
 A step depends only on the configuration, the data and its number (order, augmentation and dropout are drawn
 from streams seeded by them), so a run that was stopped continues bit for bit on the same machine, with as many
-processes and threads, where epochs and not minutes decide the learning rate. Not for task weights (`balance.py`),
-file formats (`checkpoint.py`) or drawing progress bars (the command line).
+processes and threads, where epochs and not minutes decide the learning rate and no CUDA graph is asked for. Not for
+task weights (`balance.py`), the update (`step.py`), batches (`batches.py`), file formats (`checkpoint.py`) or drawing
+progress bars (the command line).
 """
 
 from __future__ import annotations
