@@ -138,6 +138,9 @@ def join(
         network: (n_scans, 230), rows that sum to 1.
         matches: of the same scans, with `POOL_N_BEST` nearest structures each.
         exponents: of `pool_posteriors`, where no likeness reaches `POOL_LIKENESS` and where one does.
+
+    Raises:
+        ValueError: as `pool_posteriors`.
     """
     posteriors = [network, matches.space_group]
     unlike, like = (pool_posteriors(posteriors, some).space_group for some in exponents)
@@ -147,7 +150,15 @@ def join(
 def fit_join(
     network: Tensor, matches: Matches, space_group_number: Tensor
 ) -> tuple[tuple[tuple[float, ...], ...], ...]:
-    """Exponents of `join` by `fit_pool`, for scans of both kinds; a kind without any keeps its `POOL_EXPONENTS`."""
+    """Exponents of `join` by `fit_pool`, for scans of both kinds; a kind without any keeps its `POOL_EXPONENTS`.
+
+    Args:
+        network, matches: as in `join`, of n_scans that neither was fitted on.
+        space_group_number: (n_scans,) integers, 1..230.
+
+    Raises:
+        ValueError: as `fit_pool`.
+    """
     like = is_like(matches)
     kinds = [kind.nonzero()[:, 0] for kind in (~like, like)]
     return tuple(

@@ -49,7 +49,7 @@ class AugmentConfig:
             with profiles, background and noise.
         preparation: of patterns as measured: "known" takes off the background that was put on, inside the kernel that
             renders; "measured" does to the counts what prediction does to a scan (smoothing, SNIP, clip), for some
-            200 us a pattern on a core.
+            300 us a pattern on a core.
     """
 
     strain: float = 0.01

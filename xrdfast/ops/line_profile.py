@@ -153,6 +153,9 @@ def measured_ranges(p: ProfileParameters, grid: tuple[float, float, int]) -> tup
     Args:
         p: columns (n_patterns,), or numbers for one pattern.
         grid: lowest angle, step in degrees, points.
+
+    Returns:
+        Two tensors (n_patterns,), or () for numbers, 0..points.
     """
     minimum, step, n_points = grid
     first, last = (
