@@ -1,13 +1,13 @@
-// bind.h: hands functions of addresses and numbers to Python. pybind11 alone would compile a call for each signature,
-// which took most of a build; here one pybind11 function type serves all, and a signature costs a row of conversions.
+// bind.h: the list of functions that a native module hands to Python, each of addresses and numbers alone.
+// bind_cpu.cpp and bind_cuda.cpp write the list and know nothing of Python; bind_module.cpp, the one file that pays for
+// pybind11's headers, makes the module of it. A signature costs a row of conversions here, a class of calls there.
 #pragma once
-#include <pybind11/pybind11.h>
-
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 namespace xrdfast {
 
@@ -18,7 +18,7 @@ T* at(uintptr_t address) {
 
 constexpr int kMaxArguments = 40;
 
-// A Python number: an integer of 64 bits, signed or not, or a float, which is none.
+// A number from Python: an integer of 64 bits, signed or not (an address, too), or a float, which is none.
 struct Number {
     bool is_integer;
     int64_t integer;
@@ -33,61 +33,59 @@ struct Number {
     }
 };
 
-inline Number number_of(PyObject* object) {
-    if (PyFloat_Check(object)) return {false, 0, PyFloat_AS_DOUBLE(object)};
-    int overflow = 0;
-    int64_t integer = PyLong_AsLongLongAndOverflow(object, &overflow);
-    if (overflow > 0) integer = static_cast<int64_t>(PyLong_AsUnsignedLongLong(object));
-    if (overflow < 0) PyErr_SetString(PyExc_OverflowError, "an integer below -2^63");
-    if (PyErr_Occurred()) throw pybind11::error_already_set();
-    return {true, integer, static_cast<double>(integer)};
+// What a function gives back: nothing, a number, or an object whose address other functions of the module take.
+struct Result {
+    enum Kind { kNone, kBoolean, kInteger, kObject } kind = kNone;
+    int64_t integer = 0;
+    void* object = nullptr;
+    void (*release)(void*) = nullptr;
+};
+
+template <typename T>
+Result object_of(T value) {
+    return {Result::kObject, 0, new T(std::move(value)), [](void* object) { delete static_cast<T*>(object); }};
 }
 
 using AnyFunction = void (*)();
-using Call = pybind11::object (*)(AnyFunction, const Number*);
+using Call = Result (*)(AnyFunction, const Number*);
 
-template <typename Result, typename... Parameters, size_t... Index>
-pybind11::object call_unlocked(AnyFunction any, const Number* given, std::index_sequence<Index...>) {
-    const auto function = reinterpret_cast<Result (*)(Parameters...)>(any);
-    if constexpr (std::is_void_v<Result>) {
-        {
-            const pybind11::gil_scoped_release unlocked;
-            function(given[Index].template as<Parameters>()...);
-        }
-        return pybind11::none();
+struct Function {
+    std::string name;
+    AnyFunction function;
+    Call call;
+    int n_arguments;
+};
+using Functions = std::vector<Function>;
+
+// All that the module hands on: defined by bind_cpu.cpp or bind_cuda.cpp, whichever is linked.
+Functions module_functions();
+
+template <typename Given, typename... Parameters, size_t... Index>
+Result call_with(AnyFunction any, const Number* given, std::index_sequence<Index...>) {
+    const auto function = reinterpret_cast<Given (*)(Parameters...)>(any);
+    if constexpr (std::is_void_v<Given>) {
+        function(given[Index].template as<Parameters>()...);
+        return {};
     } else {
-        auto result = [&] {
-            const pybind11::gil_scoped_release unlocked;
-            return function(given[Index].template as<Parameters>()...);
-        }();
-        return pybind11::cast(std::move(result));
+        Given result = function(given[Index].template as<Parameters>()...);
+        if constexpr (std::is_same_v<Given, Result>) return result;
+        else return {std::is_same_v<Given, bool> ? Result::kBoolean : Result::kInteger, static_cast<int64_t>(result)};
     }
 }
 
-inline void define_any(pybind11::module_& m, const std::string& name, AnyFunction function, Call call, int n) {
-    m.def(name.c_str(), [=](const pybind11::args& given) {
-        if (PyTuple_GET_SIZE(given.ptr()) != n)
-            throw pybind11::type_error(name + " takes " + std::to_string(n) + " arguments, got " +
-                                       std::to_string(given.size()));
-        Number numbers[kMaxArguments];
-        for (int i = 0; i < n; ++i) numbers[i] = number_of(PyTuple_GET_ITEM(given.ptr(), i));
-        return call(function, numbers);
-    });
-}
-
-template <typename Result, typename... Parameters>
-void define(pybind11::module_& m, const std::string& name, Result (*function)(Parameters...)) {
+template <typename Given, typename... Parameters>
+void define(Functions& functions, const std::string& name, Given (*function)(Parameters...)) {
     static_assert(sizeof...(Parameters) <= kMaxArguments, "raise kMaxArguments");
     const Call call = [](AnyFunction any, const Number* given) {
-        return call_unlocked<Result, Parameters...>(any, given, std::index_sequence_for<Parameters...>());
+        return call_with<Given, Parameters...>(any, given, std::index_sequence_for<Parameters...>());
     };
-    define_any(m, name, reinterpret_cast<AnyFunction>(function), call, sizeof...(Parameters));
+    functions.push_back({name, reinterpret_cast<AnyFunction>(function), call, sizeof...(Parameters)});
 }
 
 // `lambda` captures nothing; it takes addresses (uintptr_t) and numbers and runs without the interpreter's lock.
 template <typename Lambda>
-void define(pybind11::module_& m, const std::string& name, Lambda lambda) {
-    define(m, name, +lambda);
+void define(Functions& functions, const std::string& name, Lambda lambda) {
+    define(functions, name, +lambda);
 }
 
 }  // namespace xrdfast

@@ -1,8 +1,6 @@
-// bind_cuda.cpp: the pybind11 module _cuda and, compiled with the kernels by a C++ compiler against the emulator, _emu
-// for the tests: raw device addresses and sizes in, nothing else. Checks and allocation live in Python (xrdfast/ops);
-// neither torch nor CUDA headers, so the C++ compiler alone makes it.
-#include <pybind11/pybind11.h>
-
+// bind_cuda.cpp: the functions of the module _cuda and of _emu, the same kernels compiled by a C++ compiler against the
+// emulator for the tests: raw device addresses and sizes in, nothing else. Checks and allocation live in Python
+// (xrdfast/ops); no CUDA headers, so the C++ compiler alone makes it.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -19,11 +17,6 @@
 #include "render_patterns.h"
 #include "simulate.h"
 
-#ifndef XRDFAST_MODULE
-#define XRDFAST_MODULE _cuda
-#endif
-
-namespace py = pybind11;
 using namespace xrdfast;
 
 namespace {
@@ -45,8 +38,8 @@ StructureBatch lattices(uintptr_t lattice, int64_t n_structures, double g_min, d
 
 // `dtype` ends the names: peak_attention_float32.
 template <typename T, typename S>
-void bind_peak_attention(py::module_& m, const std::string& dtype) {
-    define(m, "peak_attention_" + dtype,
+void bind_peak_attention(Functions& functions, const std::string& dtype) {
+    define(functions, "peak_attention_" + dtype,
         [](uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t active, uintptr_t output, uintptr_t logsumexp,
            int64_t n_patterns, int64_t n_patches, int64_t width, uintptr_t stream) {
             const PeakAttentionParams<T, S> params{at<const S>(query), at<const S>(key), at<const S>(value),
@@ -54,7 +47,7 @@ void bind_peak_attention(py::module_& m, const std::string& dtype) {
                                                    n_patterns, n_patches, width};
             check("peak_attention", peak_attention_forward_cuda(params, at<void>(stream)));
         });
-    define(m, "peak_attention_backward_" + dtype,
+    define(functions, "peak_attention_backward_" + dtype,
         [](uintptr_t grad_output, uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t active,
            uintptr_t output, uintptr_t logsumexp, uintptr_t grad_query, uintptr_t grad_key, uintptr_t grad_value,
            int64_t n_patterns, int64_t n_patches, int64_t width, uintptr_t delta, uintptr_t stream) {
@@ -80,8 +73,8 @@ PeakCountParams<T> plan_of(uintptr_t intensity, uintptr_t padding, int64_t n_pat
 }
 
 template <typename T>
-void bind_peak_plan(py::module_& m, const std::string& type) {
-    define(m, "peak_count_" + type,
+void bind_peak_plan(Functions& functions, const std::string& type) {
+    define(functions, "peak_count_" + type,
         [](uintptr_t intensity, uintptr_t padding, int64_t n_patterns, int64_t length, int64_t n_stages, int64_t reach,
            int64_t max_gap, uintptr_t felt, uintptr_t computed, uintptr_t first_row, uintptr_t n_rows, uintptr_t blank,
            uintptr_t stream) {
@@ -89,7 +82,7 @@ void bind_peak_plan(py::module_& m, const std::string& type) {
                                                          max_gap, felt, computed, first_row, n_rows, blank);
             check("peak_count", peak_count_cuda(params, at<void>(stream)));
         });
-    define(m, "peak_list_" + type,
+    define(functions, "peak_list_" + type,
         [](uintptr_t intensity, uintptr_t padding, int64_t n_patterns, int64_t length, int64_t n_stages, int64_t reach,
            int64_t max_gap, uintptr_t felt, uintptr_t computed, uintptr_t first_row, uintptr_t n_rows, uintptr_t blank,
            uintptr_t room, uintptr_t overflow, uintptr_t point, uintptr_t position, uintptr_t count, uintptr_t halo,
@@ -111,21 +104,21 @@ void bind_peak_plan(py::module_& m, const std::string& type) {
 
 // The operators of one floating-point type, under names that end in it.
 template <typename T>
-void bind_peak_conv(py::module_& m, const std::string& type) {
-    define(m, "peak_conv_" + type,
+void bind_peak_conv(Functions& functions, const std::string& type) {
+    define(functions, "peak_conv_" + type,
         [](uintptr_t x, uintptr_t weight, uintptr_t out, int64_t n_rows, int64_t n_in, int64_t n_out, int64_t shift,
            uintptr_t stream) {
             const PeakConvParams<T> params{at<const T>(x), at<const T>(weight), at<T>(out), n_rows, n_in, n_out, shift};
             check("peak_conv", peak_conv_cuda(params, at<void>(stream)));
         });
-    define(m, "peak_conv_weight_" + type,
+    define(functions, "peak_conv_weight_" + type,
         [](uintptr_t x, uintptr_t grad_out, uintptr_t grad_weight, int64_t n_rows, int64_t n_in, int64_t n_out,
            int64_t shift, uintptr_t parts, int64_t n_parts, uintptr_t stream) {
             const PeakConvWeightParams<T> params{at<const T>(x), at<const T>(grad_out), at<T>(grad_weight), n_rows,
                                                  n_in,           n_out,                 shift};
             check("peak_conv_weight", peak_conv_weight_cuda(params, at<T>(parts), n_parts, at<void>(stream)));
         });
-    define(m, "peak_stage_" + type,
+    define(functions, "peak_stage_" + type,
         [](uintptr_t x, uintptr_t first, uintptr_t second, uintptr_t widen, uintptr_t offset1, uintptr_t offset2,
            uintptr_t halo, uintptr_t pairs, uintptr_t y, uintptr_t out, int64_t n_rows, int64_t n_rows_out,
            int64_t n_in, int64_t n_channels, int64_t n_touched, int64_t shift, bool maximum, uintptr_t inner,
@@ -138,7 +131,7 @@ void bind_peak_conv(py::module_& m, const std::string& type) {
                                             shift,                maximum};
             check("peak_stage", peak_stage_cuda(params, at<T>(inner), at<void>(stream)));
         });
-    define(m, "peak_norm_" + type,
+    define(functions, "peak_norm_" + type,
         [](uintptr_t h, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t count, uintptr_t take,
            uintptr_t mean, uintptr_t var, int64_t n_rows, int64_t n_rows_out, int64_t n_channels, int64_t n_touched,
            int n_take, bool maximum, bool batch, double eps, double total, uintptr_t sums, uintptr_t weights,
@@ -149,7 +142,7 @@ void bind_peak_conv(py::module_& m, const std::string& type) {
             const PeakNormScratch<T> scratch{at<T>(sums), at<T>(weights), nullptr, nullptr};
             check("peak_norm", peak_norm_cuda(params, scratch, at<T>(out), at<void>(stream)));
         });
-    define(m, "peak_norm_backward_" + type,
+    define(functions, "peak_norm_backward_" + type,
         [](uintptr_t h, uintptr_t residual, uintptr_t gamma, uintptr_t beta, uintptr_t count, uintptr_t take,
            uintptr_t mean, uintptr_t var, int64_t n_rows, int64_t n_rows_out, int64_t n_channels, int64_t n_touched,
            int n_take, bool maximum, bool batch, double eps, double total, uintptr_t sums, uintptr_t taker,
@@ -176,22 +169,24 @@ void backward_dsr_loss(const DsrLossParams<Element>& p, uintptr_t stream) {
 }
 
 template <typename Element>
-void bind_dsr_loss(py::module_& m, const std::string& dtype) {
-    define_dsr_loss<Element, forward_dsr_loss<Element>, backward_dsr_loss<Element>>(m, dtype);
+void bind_dsr_loss(Functions& functions, const std::string& dtype) {
+    define_dsr_loss<Element, forward_dsr_loss<Element>, backward_dsr_loss<Element>>(functions, dtype);
 }
 
 }  // namespace
 
-PYBIND11_MODULE(XRDFAST_MODULE, m) {
-    m.doc() = "xrdfast native kernels for CUDA devices; call them through xrdfast.ops";
-    define(m, "count_reflections",
+namespace xrdfast {
+
+Functions module_functions() {
+    Functions functions;
+    define(functions, "count_reflections",
         [](uintptr_t lattice, int64_t n_structures, double g_min, double g_max, uintptr_t count, uintptr_t status,
            uintptr_t stream) {
             const StructureBatch batch = lattices(lattice, n_structures, g_min, g_max);
             check("count_reflections",
                   count_reflections_cuda(batch, at<int64_t>(count), at<int32_t>(status), at<void>(stream)));
         });
-    define(m, "list_reflections",
+    define(functions, "list_reflections",
         [](uintptr_t lattice, int64_t n_structures, double g_min, double g_max, uintptr_t offset,
            int64_t n_reflections, uintptr_t hkl, uintptr_t g2, uintptr_t stream) {
             const ReflectionList list{at<const int64_t>(offset), n_reflections, at<int16_t>(hkl), at<double>(g2),
@@ -199,7 +194,7 @@ PYBIND11_MODULE(XRDFAST_MODULE, m) {
             check("list_reflections",
                   list_reflections_cuda(lattices(lattice, n_structures, g_min, g_max), list, at<void>(stream)));
         });
-    define(m, "structure_factors",
+    define(functions, "structure_factors",
         [](uintptr_t atom_offset, uintptr_t lattice, uintptr_t atomic_number, uintptr_t fractional,
            uintptr_t occupancy, uintptr_t b_iso, uintptr_t form_factor, uintptr_t dispersion, int64_t n_structures,
            int64_t n_elements, bool mott_bethe, double wavelength, double g_min, double g_max, uintptr_t offset,
@@ -211,7 +206,7 @@ PYBIND11_MODULE(XRDFAST_MODULE, m) {
                                       at<double>(f_squared)};
             check("structure_factors", structure_factors_cuda(batch, list, at<void>(stream)));
         });
-    define(m, "name_families",
+    define(functions, "name_families",
         [](int64_t n_reflections, uintptr_t structure, uintptr_t hkl, uintptr_t rotation_offset, uintptr_t rotations,
            uintptr_t code, uintptr_t multiplicity, uintptr_t stream) {
             const FamilyNames names{n_reflections,
@@ -223,7 +218,7 @@ PYBIND11_MODULE(XRDFAST_MODULE, m) {
                                     at<int16_t>(multiplicity)};
             check("name_families", name_families_cuda(names, at<void>(stream)));
         });
-    define(m, "render_sticks",
+    define(functions, "render_sticks",
         [](uintptr_t offset, uintptr_t hkl, uintptr_t multiplicity, uintptr_t f_squared, uintptr_t reciprocal_metric,
            uintptr_t b_overall, uintptr_t intensity, int64_t hkl_stride, int64_t multiplicity_stride,
            int64_t n_patterns, int64_t n_points, double wavelength, double two_theta_min, double two_theta_step,
@@ -245,7 +240,7 @@ PYBIND11_MODULE(XRDFAST_MODULE, m) {
             const RenderSticksScratch scratch{at<double>(two_theta), at<double>(strength), at<int32_t>(order)};
             check("render_sticks", render_sticks_cuda(params, scratch, at<void>(stream)));
         });
-    define(m, "preprocess_scans",
+    define(functions, "preprocess_scans",
         [](uintptr_t offset, uintptr_t two_theta, uintptr_t intensity, uintptr_t wavelength,
            uintptr_t second_wavelength, uintptr_t pattern, uintptr_t measured, uintptr_t active_count,
            uintptr_t active_patch, int64_t n_scans, int64_t n_points, int64_t smooth_points, double background_width,
@@ -275,17 +270,17 @@ PYBIND11_MODULE(XRDFAST_MODULE, m) {
                                                  longest};
             check("preprocess_scans", preprocess_scans_cuda(params, scratch, at<void>(stream)));
         });
-    bind_peak_attention<float, float>(m, "float32");
-    bind_peak_attention<double, double>(m, "float64");
-    bind_peak_attention<float, BFloat16>(m, "bfloat16");
-    bind_peak_plan<float>(m, "float32");
-    bind_peak_plan<double>(m, "float64");
-    bind_peak_conv<float>(m, "float32");
-    bind_peak_conv<double>(m, "float64");
-    bind_dsr_loss<float>(m, "float32");
-    bind_dsr_loss<double>(m, "float64");
-    bind_dsr_loss<BFloat16>(m, "bfloat16");
-    define(m, "render_patterns",
+    bind_peak_attention<float, float>(functions, "float32");
+    bind_peak_attention<double, double>(functions, "float64");
+    bind_peak_attention<float, BFloat16>(functions, "bfloat16");
+    bind_peak_plan<float>(functions, "float32");
+    bind_peak_plan<double>(functions, "float64");
+    bind_peak_conv<float>(functions, "float32");
+    bind_peak_conv<double>(functions, "float64");
+    bind_dsr_loss<float>(functions, "float32");
+    bind_dsr_loss<double>(functions, "float64");
+    bind_dsr_loss<BFloat16>(functions, "bfloat16");
+    define(functions, "render_patterns",
         [](uintptr_t offset, uintptr_t hkl, uintptr_t multiplicity, uintptr_t f_squared, uintptr_t reciprocal_metric,
            uintptr_t b_overall, uintptr_t rotation_offset, uintptr_t rotations, uintptr_t profile,
            uintptr_t pattern_id, uintptr_t intensity, uintptr_t active_count, uintptr_t active_patch,
@@ -317,4 +312,7 @@ PYBIND11_MODULE(XRDFAST_MODULE, m) {
             const RenderPatternsScratch scratch{at<double>(g2), at<double>(weight), at<Line>(line), at<float>(peaks)};
             check("render_patterns", render_patterns_cuda(params, scratch, at<void>(stream)));
         });
+    return functions;
 }
+
+}  // namespace xrdfast

@@ -1,7 +1,5 @@
 // bind_dsr_loss.h: dsr_loss for both pybind11 modules, which differ in their last argument: threads or a stream.
 #pragma once
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -28,9 +26,9 @@ using DsrLossFunction = void (*)(const DsrLossParams<Element>&, uintptr_t thread
 
 // `class_offset` is on the host, int32 (n_heads + 1).
 template <typename Element, DsrLossFunction<Element> kForward, DsrLossFunction<Element> kBackward>
-void define_dsr_loss(pybind11::module_& m, const std::string& dtype) {
+void define_dsr_loss(Functions& functions, const std::string& dtype) {
     using Real = typename DsrLossParams<Element>::Real;
-    define(m, "dsr_loss_forward_" + dtype,
+    define(functions, "dsr_loss_forward_" + dtype,
         [](uintptr_t class_offset, int32_t n_heads, int64_t n_patterns, uintptr_t slope, double temperature,
            uintptr_t previous_ranked, int64_t previous_stride, uintptr_t logits, int64_t logits_stride,
            uintptr_t ranked, uintptr_t loss, uintptr_t where) {
@@ -44,7 +42,7 @@ void define_dsr_loss(pybind11::module_& m, const std::string& dtype) {
             p.loss = at<Real>(loss);
             kForward(p, where);
         });
-    define(m, "dsr_loss_backward_" + dtype,
+    define(functions, "dsr_loss_backward_" + dtype,
         [](uintptr_t class_offset, int32_t n_heads, int64_t n_patterns, uintptr_t slope, uintptr_t grad_loss,
            int64_t grad_pattern_stride, int64_t grad_head_stride, uintptr_t grad_logits, uintptr_t where) {
             DsrLossParams<Element> p = dsr_loss_params<Element>(class_offset, n_heads, n_patterns, slope);

@@ -529,19 +529,19 @@ void write_all(const Simulated<Row>& found, int64_t* offset, int32_t* status, in
 
 }  // namespace
 
-Simulated<MergedLine> simulate_lines_cpu(const StructureBatch& batch, int n_threads) {
+SimulatedLines simulate_lines_cpu(const StructureBatch& batch, int n_threads) {
     return simulate_all<MergedLine>(batch, n_threads,
                               [](Workspace& ws, int64_t, std::vector<MergedLine>& rows) { merge_lines(ws, rows); });
 }
 
-Simulated<ReflectionFamily> simulate_families_cpu(const StructureBatch& batch, const FamilyRules& rules, int n_threads) {
+SimulatedFamilies simulate_families_cpu(const StructureBatch& batch, const FamilyRules& rules, int n_threads) {
     return simulate_all<ReflectionFamily>(batch, n_threads, [&](Workspace& ws, int64_t i, std::vector<ReflectionFamily>& rows) {
         const int64_t begin = rules.rotation_offset[i], n_rotations = rules.rotation_offset[i + 1] - begin;
         group_families(ws, rules.rotations + 9 * begin, n_rotations, rules.relative_cutoff, rows);
     });
 }
 
-void write_rows(const Simulated<MergedLine>& found, const LinesOutput& out, int n_threads) {
+void write_rows(const SimulatedLines& found, const LinesOutput& out, int n_threads) {
     write_all(found, out.offset, out.status, n_threads, [&](const MergedLine& line, int64_t at) {
         out.two_theta[at] = line.two_theta;
         out.intensity[at] = line.intensity;
@@ -550,7 +550,7 @@ void write_rows(const Simulated<MergedLine>& found, const LinesOutput& out, int 
     });
 }
 
-void write_rows(const Simulated<ReflectionFamily>& found, const FamiliesOutput& out, int n_threads) {
+void write_rows(const SimulatedFamilies& found, const FamiliesOutput& out, int n_threads) {
     write_all(found, out.offset, out.status, n_threads, [&](const ReflectionFamily& family, int64_t at) {
         std::copy_n(family.hkl, 3, out.hkl + 3 * at);
         out.multiplicity[at] = family.multiplicity;

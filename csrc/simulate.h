@@ -65,6 +65,8 @@ struct Simulated {
     std::vector<int32_t> status;                        // (n_structures), SimulateStatus
     int64_t n_rows = 0;
 };
+using SimulatedLines = Simulated<MergedLine>;
+using SimulatedFamilies = Simulated<ReflectionFamily>;
 
 struct FamilyRules {
     const int64_t* rotation_offset;  // (n_structures + 1)
@@ -89,11 +91,11 @@ struct FamiliesOutput {
     int32_t* status;        // (n_structures)
 };
 
-Simulated<MergedLine> simulate_lines_cpu(const StructureBatch& batch, int n_threads);
-Simulated<ReflectionFamily> simulate_families_cpu(const StructureBatch& batch, const FamilyRules& rules, int n_threads);
+SimulatedLines simulate_lines_cpu(const StructureBatch& batch, int n_threads);
+SimulatedFamilies simulate_families_cpu(const StructureBatch& batch, const FamilyRules& rules, int n_threads);
 // Structure by structure, sorted by angle within one.
-void write_rows(const Simulated<MergedLine>& found, const LinesOutput& out, int n_threads);
-void write_rows(const Simulated<ReflectionFamily>& found, const FamiliesOutput& out, int n_threads);
+void write_rows(const SimulatedLines& found, const LinesOutput& out, int n_threads);
+void write_rows(const SimulatedFamilies& found, const FamiliesOutput& out, int n_threads);
 
 // Reflections on a CUDA device, one of each Friedel pair, structure by structure.
 struct ReflectionList {

@@ -348,12 +348,13 @@ def _lines_cpu(*arguments):
     held, addresses = _addresses(*arguments)
     n_threads = torch.get_num_threads()
     found = module.simulate_lines(*addresses, n_threads)
-    n = found.n_rows
+    n = module.count_lines(found)
     offset, lattice = torch.empty_like(held[0]), held[1]
     two_theta, intensity, d_spacing = (lattice.new_empty(n) for _ in range(3))
     hkl = lattice.new_empty((n, 3), dtype=torch.int16)
     status = lattice.new_empty(len(lattice), dtype=torch.int32)
-    found.write(
+    module.write_lines(
+        found,
         offset.data_ptr(),
         two_theta.data_ptr(),
         intensity.data_ptr(),
@@ -381,12 +382,13 @@ def _families_cpu(*arguments):
         relative_cutoff,
         n_threads,
     )
-    n = found.n_rows
+    n = module.count_families(found)
     offset, lattice = torch.empty_like(held[0]), held[1]
     hkl, multiplicity = lattice.new_empty((n, 3), dtype=torch.int16), lattice.new_empty(n, dtype=torch.int16)
     f_squared = lattice.new_empty(n, dtype=torch.float32)
     status = lattice.new_empty(len(lattice), dtype=torch.int32)
-    found.write(
+    module.write_families(
+        found,
         offset.data_ptr(),
         hkl.data_ptr(),
         multiplicity.data_ptr(),
