@@ -22,7 +22,7 @@ from xrdfast.data.mixtures import draw_one_and_two
 from xrdfast.data.store import PatternStore
 from xrdfast.posterior import joint_posterior
 from xrdfast.prediction import SymmetryPredictor
-from xrdfast.suspicion import active_share, crest, disagreement, doubts, phase_features
+from xrdfast.suspicion import disagreement, doubts, pattern_shape, phase_features
 
 BATCH = 128
 SHARES = ((0.1, 0.2), (0.2, 0.3), (0.3, 0.4), (0.4, 0.5))
@@ -62,6 +62,7 @@ def judge(predictor: SymmetryPredictor, patterns: Tensor) -> dict[str, Tensor]:
         logits, encoded = predictor.outputs(batch)
         posterior = joint_posterior(logits, predictor.calibration)
         whole = torch.ones(len(batch), dtype=torch.bool)
+        shape = pattern_shape(batch)
         unusual, several = doubts(logits, encoded, posterior, predictor.calibration, batch, whole)
         unlike = disagreement(logits, posterior, predictor.calibration)
         pieces.append(
@@ -69,9 +70,9 @@ def judge(predictor: SymmetryPredictor, patterns: Tensor) -> dict[str, Tensor]:
                 "out_of_distribution": torch.tensor(unusual),
                 "several_phases": torch.tensor([math.nan if score is None else score for score in several]),
                 "disagreement of heads": torch.zeros(len(batch)) if unlike is None else unlike,
-                "crest": crest(batch),
-                "active share": active_share(batch),
-                "entropy": phase_features(encoded, posterior, batch)[:, 1],
+                "crest": shape.crest,
+                "active share": shape.active_share,
+                "entropy": phase_features(encoded, posterior, shape)[:, 1],
             }
         )
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}

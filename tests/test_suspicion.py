@@ -15,12 +15,11 @@ from xrdfast.posterior import Calibration, joint_posterior
 from xrdfast.prediction import SymmetryPredictor
 from xrdfast.suspicion import (
     N_OWN_FEATURES,
-    active_share,
-    crest,
     disagreement,
     doubts,
     fit_several_phases,
     halo,
+    pattern_shape,
     phase_features,
 )
 from xrdfast.symmetry import class_index, class_names
@@ -81,11 +80,12 @@ def test_crest_and_active_share():
     intensity = torch.zeros(3, 8505)
     intensity[0, [3, 4, 5]] = torch.tensor([50.0, 100.0, 50.0])
     intensity[1] = 100.0
-    assert crest(intensity).tolist() == pytest.approx([200.0 / 300.0, 1.0, 0.0])
-    assert active_share(intensity).tolist() == pytest.approx([1 / 850, 1.0, 0.0])
-    assert halo(crest(intensity))[2] == 1.0
+    shape = pattern_shape(intensity)
+    assert shape.crest.tolist() == pytest.approx([200.0 / 300.0, 1.0, 0.0])
+    assert shape.active_share.tolist() == pytest.approx([1 / 850, 1.0, 0.0])
+    assert halo(shape.crest)[2] == 1.0
     posterior = joint_posterior({"space_group": torch.zeros(3, 230)})
-    found = phase_features(torch.ones(3, 5), posterior, intensity)
+    found = phase_features(torch.ones(3, 5), posterior, shape)
     assert found.shape == (3, N_OWN_FEATURES + 5) and bool(found.isfinite().all())
 
 

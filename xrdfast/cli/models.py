@@ -38,7 +38,7 @@ def train(config: Path, output: Path, overrides: tuple[str, ...], distill: bool,
     "--teacher",
     required=True,
     type=click.Path(path_type=Path),
-    help="Run folder or model file of the teacher.",
+    help="Run folder, model file or name of weights that ship, of the teacher.",
 )
 @click.option("--preset", default="small", show_default=True, help="Architecture of the student.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
@@ -53,14 +53,16 @@ def distill(
     teacher: Path, preset: str, output: Path, config: Path | None, overrides: tuple[str, ...], resume: bool
 ) -> None:
     """Trains a model on the answers of a larger one, beside the labels."""
+    from xrdfast.models import model_path
     from xrdfast.training.checkpoint import load_model_card
     from xrdfast.training.config import load_config
 
+    words = [f"distill --teacher {teacher} --preset {preset} -o {output}"]
+    teacher = model_path(teacher)
     own = (f"model.preset={json.dumps(preset)}", f"distillation.teacher={json.dumps(str(teacher))}")
     base = {} if config is not None else load_model_card(teacher).config
     base.get("train", {}).pop("cuda_graph", None)  # which distillation does not go with
     settings = load_config(config, (*own, *overrides), base)
-    words = [f"distill --teacher {teacher} --preset {preset} -o {output}"]
     words += [f"--config {config}"] if config is not None else []
     _run_training(settings, output, resume, " ".join([*words, *(f"--set {x}" for x in overrides)]))
 

@@ -32,7 +32,7 @@ from xrdfast.errors import InputError
 from xrdfast.evaluation import evaluate_predictions
 from xrdfast.models import PRESETS, build_model
 from xrdfast.posterior import Calibration, fit_calibration, joint_posterior
-from xrdfast.suspicion import fit_several_phases, phase_features
+from xrdfast.suspicion import fit_several_phases, pattern_shape, phase_features
 from xrdfast.symmetry import N_CLASSES, class_index
 from xrdfast.training import checkpoint
 from xrdfast.training.balance import Balance, logit_offsets
@@ -296,7 +296,7 @@ class Trainer:
                     logits = self.averaged.classify(encoded)._asdict()
                 heads = {task: logits[task].float().cpu() for task in self.averaged.tasks}
                 posterior = joint_posterior(heads, calibration)
-                found.append(phase_features(encoded.float().cpu(), posterior, intensity))
+                found.append(phase_features(encoded.float().cpu(), posterior, pattern_shape(intensity)))
         return fit_several_phases(*map(torch.cat, features))
 
     def _validation_logits(self) -> dict[str, Tensor]:
