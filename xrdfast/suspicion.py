@@ -167,7 +167,7 @@ def check_phase_weights(calibration: Calibration | None, n_features: int) -> Non
 
 
 def pattern_shape(intensity: Tensor) -> PatternShape:
-    """How peaks stand and how much of the axis they take, of patterns (n_patterns, n_points) without negative points."""
+    """Of patterns (n_patterns, n_points) without negative points."""
     highest = F.max_pool1d(intensity[:, None], _PATCH, _PATCH)[:, 0]  # of whole patches
     count = intensity.sign().sum(dim=1)  # twice as fast as to count, and exact
     top = (count * intensity.amax(dim=1)).clamp_min(1e-30)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xrdfast import _native
 from xrdfast.ops import LIBRARY, device_stream
+from xrdfast.ops.reflections import lorentz_polarisation
 
 if TYPE_CHECKING:
     from xrdfast.bragg import Grid
@@ -305,15 +306,10 @@ def _converted(two_theta: Tensor, y: Tensor, ratio: float, conserve_area: bool) 
     there = ratio * sine < 1.0
     sine, y = sine[there], y[there]
     theta, new_theta = torch.asin(sine), torch.asin(ratio * sine)
-    factor = lorentz_polarisation(new_theta) / lorentz_polarisation(theta)
+    factor = lorentz_polarisation((ratio * sine).square()) / lorentz_polarisation(sine.square())
     if conserve_area:
         factor = factor / (ratio * torch.cos(theta) / torch.cos(new_theta))
     return torch.rad2deg(2.0 * new_theta), (y * factor).to(y.dtype)
-
-
-def lorentz_polarisation(theta: Tensor) -> Tensor:
-    """(1 + cos^2 2theta) / (sin^2 theta cos theta), theta in radians; no monochromator."""
-    return (1.0 + torch.cos(2.0 * theta).square()) / (torch.sin(theta).square() * torch.cos(theta))
 
 
 def _mean_of_cells(position: Tensor, y: Tensor, points: Tensor) -> Tensor:
@@ -475,10 +471,13 @@ def _check_scans(
     rises = bounds[0] == 0 and bounds[-1] == n_total and all(a <= b for a, b in pairwise(bounds))
     _require(rises, "offset", f"rising from 0 to {n_total}", f"{bounds[:5]} ...")
     _check_angles(offset, two_theta)
-    for first, second in torch.stack([wavelength, second_wavelength], dim=1).tolist():
-        _require(0.0 < first < math.inf, "wavelength", "finite and > 0 Angstrom", first)
-        apart = second == 0.0 or first < second < math.inf
-        _require(apart, "second_wavelength", "0 or finite and above wavelength", second)
+    there = (wavelength > 0.0) & (wavelength < math.inf)
+    apart = (second_wavelength == 0.0) | (second_wavelength > wavelength) & (second_wavelength < math.inf)
+    if not bool((there & apart).all()):
+        first = int((there & apart).logical_not().nonzero()[0])
+        _require(bool(there[first]), "wavelength", "finite and > 0 Angstrom", float(wavelength[first]))
+        rule = "0 or finite and above wavelength"
+        _require(False, "second_wavelength", rule, float(second_wavelength[first]))
 
 
 def _check_angles(offset: Tensor, two_theta: Tensor) -> None:
