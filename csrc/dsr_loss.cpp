@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <limits>
 #include <numeric>
+#include <type_traits>
 
 #include "block_math.h"
 #include "reflection_math.h"
@@ -48,9 +49,10 @@ constexpr int kRowRoom = kMaxHeadClasses + 32;
 
 template <typename Real>
 struct alignas(64) Workspace {
-    Real logits[kRows][kRowRoom];
+    const Real* row[kRows];        // logits of a head: the caller's, or in `logits`
+    Real logits[kRows][kRowRoom];  // of another type than Real, converted
     Real ranked[kRows][kRowRoom];
-    int16_t order[kRows][kRowRoom];
+    int32_t order[kRows][kRowRoom];
     Real previous[kMaxHeadClasses];
     Real soft[kMaxHeadClasses], soft_previous[kMaxHeadClasses];  // softmax before normalisation
     int32_t keys[kMaxHeadClasses * kRows];                       // (classes, kRows)
@@ -69,28 +71,39 @@ XRDFAST_INLINE int32_t rank_key(float x) {
 XRDFAST_CLONES void pack_rows(Workspace<float>& ws, int n, int32_t class_mask) {
     for (int j = 0; j < n; ++j)
         for (int row = 0; row < kRows; ++row)
-            ws.keys[j * kRows + row] = (rank_key(ws.logits[row][j]) & ~class_mask) | j;
+            ws.keys[j * kRows + row] = (rank_key(ws.row[row][j]) & ~class_mask) | j;
 }
 
-// Ranks by whole keys what is ranked by their first bits; equal keys come in the order of their classes.
-void unpack_row(Workspace<float>& ws, int row, int n, int32_t class_mask) {
-    float* const ranked = ws.ranked[row];
-    int16_t* const order = ws.order[row];
-    const float* const logits = ws.logits[row];
-    int32_t before = INT32_MIN;
+// The classes of every row in the order of their keys: four keys of a row become one store.
+XRDFAST_CLONES void unpack_rows(Workspace<float>& ws, int n_padded, int32_t class_mask) {
+    for (int j = 0; j < n_padded; j += 4)
+        for (int row = 0; row < kRows; ++row) {
+            const int32_t* key = ws.keys + j * kRows + row;
+            const int32_t four[4] = {key[0] & class_mask, key[kRows] & class_mask, key[2 * kRows] & class_mask,
+                                     key[3 * kRows] & class_mask};
+            std::memcpy(ws.order[row] + j, four, sizeof four);
+        }
+}
+
+// Ranks by whole values what is ranked by their first bits; equal ones stay in the order of their classes. NaNs, which
+// compare as nothing, are last already.
+void take_in_order(const float* __restrict logits, int n, int32_t* __restrict order, float* __restrict ranked) {
+    float before = -std::numeric_limits<float>::infinity();
     for (int j = 0; j < n; ++j) {
-        const int from = ws.keys[j * kRows + row] & class_mask;
+        const int32_t from = order[j];
         const float value = logits[from];
-        const int32_t key = rank_key(value);
-        int at = j;
-        if (key < before)
-            for (; at > 0 && key < rank_key(ranked[at - 1]); --at) {
+        ranked[j] = value;
+        if (value < before) {
+            int at = j;
+            for (; at > 0 && value < ranked[at - 1]; --at) {
                 ranked[at] = ranked[at - 1];
                 order[at] = order[at - 1];
             }
-        else before = key;
-        ranked[at] = value;
-        order[at] = static_cast<int16_t>(from);
+            ranked[at] = value;
+            order[at] = from;
+        } else {
+            before = value;
+        }
     }
 }
 
@@ -208,17 +221,18 @@ void rank_rows(Workspace<float>& ws, int n, int n_rows) {
     const int n_padded = (n + SortKeys::kEight - 1) / SortKeys::kEight * SortKeys::kEight;
     std::fill(ws.keys + n * kRows, ws.keys + n_padded * kRows, INT32_MAX);  // behind all of the head, NaNs too
     run_best(SortKeys{ws.keys, n_padded});
-    for (int row = 0; row < n_rows; ++row) unpack_row(ws, row, n, class_mask);
+    unpack_rows(ws, n_padded, class_mask);
+    for (int row = 0; row < n_rows; ++row) take_in_order(ws.row[row], n, ws.order[row], ws.ranked[row]);
 }
 
 // In double, which is there for the tests of the gradient, a key and a class don't fit in one number.
 void rank_rows(Workspace<double>& ws, int n, int n_rows) {
     for (int row = 0; row < n_rows; ++row) {
-        const double* x = ws.logits[row];
-        int16_t* order = ws.order[row];
-        std::iota(order, order + n, static_cast<int16_t>(0));
+        const double* x = ws.row[row];
+        int32_t* order = ws.order[row];
+        std::iota(order, order + n, 0);
         std::stable_sort(order, order + n,
-                         [x](int16_t a, int16_t b) { return x[a] < x[b] || (x[a] == x[a] && x[b] != x[b]); });
+                         [x](int32_t a, int32_t b) { return x[a] < x[b] || (x[a] == x[a] && x[b] != x[b]); });
         for (int j = 0; j < n; ++j) ws.ranked[row][j] = x[order[j]];
     }
 }
@@ -284,10 +298,12 @@ void convert(const From* __restrict from, int n, To* __restrict to) {
     for (int j = 0; j < n; ++j) to[j] = static_cast<To>(from[j]);
 }
 
+// Slopes of the ranks, into `soft`, and from there to the classes.
 template <typename Real>
-void put_in_order(const Real* __restrict soft, Real scale, const Real* __restrict soft_previous, Real scale_previous,
-                  const int16_t* __restrict order, int n, Real* __restrict slope) {
-    for (int j = 0; j < n; ++j) slope[order[j]] = soft[j] * scale - soft_previous[j] * scale_previous;
+void put_in_order(Real* __restrict soft, Real scale, const Real* __restrict soft_previous, Real scale_previous,
+                  const int32_t* __restrict order, int n, Real* __restrict slope) {
+    for (int j = 0; j < n; ++j) soft[j] = soft[j] * scale - soft_previous[j] * scale_previous;
+    for (int j = 0; j < n; ++j) slope[order[j]] = soft[j];
 }
 
 template <typename Element, typename Real = typename DsrLossParams<Element>::Real>
@@ -298,7 +314,13 @@ void forward_rows(const DsrLossParams<Element>& p, int64_t begin, int n_rows, Wo
         const int n = static_cast<int>(p.class_offset[head + 1] - first);
         for (int row = 0; row < kRows; ++row) {  // a short last group ranks its last row more than once
             const int64_t pattern = begin + std::min(row, n_rows - 1);
-            convert(p.logits + pattern * p.logits_stride + first, n, ws.logits[row]);
+            const Element* logits = p.logits + pattern * p.logits_stride + first;
+            if constexpr (std::is_same_v<Element, Real>) {
+                ws.row[row] = logits;
+            } else {
+                convert(logits, n, ws.logits[row]);
+                ws.row[row] = ws.logits[row];
+            }
         }
         rank_rows(ws, n, n_rows);
         for (int row = 0; row < n_rows; ++row) {
@@ -329,7 +351,8 @@ void forward_rows(const DsrLossParams<Element>& p, int64_t begin, int n_rows, Wo
 template <typename Element>
 void dsr_loss_forward_cpu(const DsrLossParams<Element>& params, int n_threads) {
     const int64_t n_groups = (params.n_patterns + kRows - 1) / kRows;
-#pragma omp parallel for num_threads(n_threads) if (n_groups > 1 && n_threads > 1)
+    // Dynamic: a thread that wakes late takes fewer groups.
+#pragma omp parallel for schedule(dynamic) num_threads(n_threads) if (n_groups > 1 && n_threads > 1)
     for (int64_t group = 0; group < n_groups; ++group) {
         auto& ws = thread_own<Workspace<typename DsrLossParams<Element>::Real>>();
         const int64_t begin = group * kRows;

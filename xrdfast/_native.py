@@ -275,7 +275,7 @@ def _plan(name: str, emulator: Path | None) -> _Plan:
 
 def _binding_flags(source: Path, module: str) -> list[str]:
     """Of the files that only hand addresses on: to optimise them would take half as long again."""
-    flags = ["-O1"] if source.name.startswith("bind_") else []
+    flags = ["-Og"] if source.name.startswith("bind_") else []
     return [*flags, f"-DXRDFAST_MODULE={module}"] if source.name == "bind_module.cpp" else flags
 
 

@@ -286,10 +286,13 @@ def _setup_context(ctx, inputs, output) -> None:
     _, ranked, slope = output
     ctx.dtype = logits.dtype
     ctx.mark_non_differentiable(ranked, slope)
+    ctx.set_materialize_grads(False)  # or both would get zeros
     ctx.save_for_backward(slope)
 
 
 def _gradient(ctx, grad_loss, _grad_ranked, _grad_slope):
+    if grad_loss is None:
+        return None, None, None, None
     grad_logits = torch.ops.xrdfast.dsr_loss_backward(
         grad_loss, *ctx.saved_tensors, ctx.class_offset, ctx.dtype
     )
