@@ -1,27 +1,63 @@
-"""The encoder of the `small` preset: evaluation takes another way to the same numbers as training."""
+"""The encoder of the `small` preset: its merging of patches against plain operations, and batches of any size."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from xrdfast.models.small import PatchMerge, SmallEncoder
 
 
+def plain_merge(merge: PatchMerge, x: Tensor) -> Tensor:
+    """A convolution of stride s and kernel 2 s, as PyTorch has it."""
+    stride, length, channels = merge.stride, x.shape[1], x.shape[2]
+    kernel = torch.cat([w.view(-1, stride, channels) for w in merge.weight.chunk(2)], dim=1).movedim(2, 1)
+    before, n_patches = stride // 2, -(-length // stride) + 2
+    padded = F.pad(x.movedim(2, 1), (before, n_patches * stride - length - before))
+    return F.conv1d(padded, kernel, merge.bias, stride=stride).movedim(1, 2)
+
+
 @pytest.mark.parametrize(
-    ("length", "stride", "n_patterns"), [(4096, 16, 3), (257, 2, 2), (66, 2, 1), (7, 3, 5)]
+    ("length", "stride", "n_patterns"), [(4096, 16, 3), (257, 2, 2), (66, 2, 1), (7, 3, 5), (7, 2, 0)]
 )
-def test_merging_without_gradients(length, stride, n_patterns):
-    """Nothing crosses from one pattern to the next; in double, so that nothing hides in rounding."""
+def test_merging_is_a_convolution(length, stride, n_patterns):
+    """Values and all gradients; nothing crosses from one pattern to the next. In double: nothing hides in rounding."""
     torch.manual_seed(0)
     merge = PatchMerge(4, 6, stride).double()
     torch.nn.init.normal_(merge.bias)
-    x = torch.randn(n_patterns, length, 4, dtype=torch.float64)
-    trained = merge(x)
-    with torch.no_grad():
-        evaluated = merge(x)
-    assert evaluated.shape == trained.shape == (n_patterns, -(-length // stride) + 1, 6)
-    torch.testing.assert_close(evaluated, trained.detach(), rtol=1e-12, atol=1e-12)
+    x = torch.randn(n_patterns, length, 4, dtype=torch.float64, requires_grad=True)
+    given = [x, merge.weight, merge.bias]
+    merged, expected = merge(x), plain_merge(merge, x)
+    assert merged.shape == (n_patterns, -(-length // stride) + 1, 6)
+    torch.testing.assert_close(merged, expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(merged)
+    ours, theirs = (torch.autograd.grad(y, given, upstream) for y in (merged, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_merging_under_autocast():
+    """In bfloat16, forward and backward; parameters get gradients of their own type."""
+    torch.manual_seed(0)
+    merge = PatchMerge(8, 16)
+    x = torch.randn(3, 65, 8, requires_grad=True)
+    exact = merge(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = merge(x)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.05)
+    rounded.float().square().sum().backward()
+    assert merge.weight.grad.dtype == x.grad.dtype == torch.float32
+
+
+def test_merging_compiled():
+    """What torch.compile and exports see are plain operations with the same result."""
+    torch.manual_seed(0)
+    merge = PatchMerge(4, 6)
+    x = torch.randn(2, 33, 4)
+    compiled = torch.compile(merge, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), merge(x))
 
 
 def test_no_pattern_and_several():
