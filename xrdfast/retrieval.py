@@ -56,8 +56,8 @@ _MARGIN = 0.5  # degrees beyond the axis, from which strain brings lines in
 # belongs to the set of 95 %, likewise. By benchmarks.measured_scans, on even copy groups of exp_rruff.
 POOL_LIKENESS = 0.65
 POOL_N_BEST = 10  # nearest structures that are looked at for it
-POOL_EXPONENTS = (((0.34, -0.33), (0.62, 0.88)), ((0.59, 0.3), (0.44, 0.35)))
-POOL_THRESHOLDS = (0.00073, 0.00417)
+POOL_EXPONENTS = (((0.35, -0.3), (0.62, 0.83)), ((0.62, 0.31), (0.43, 0.34)))
+POOL_THRESHOLDS = (0.00074, 0.00513)
 POOL_LEAST_KNOWN = 20_000  # structures from which that holds; it was found with 30,888
 N_CANDIDATES = 100  # go on to the fine comparison
 _SCANS_AT_ONCE = 32
