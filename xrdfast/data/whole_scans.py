@@ -15,7 +15,7 @@ from torch import Tensor
 from xrdfast.bragg import Grid
 from xrdfast.ops.preprocess import MAX_SMOOTH_POINTS, preprocess_scans
 
-MODEL_SMOOTH_WIDTH = 0.12  # degrees, for networks: of 0.08, 0.12 and 0.16 the best on fold 0 and on measured scans
+MODEL_SMOOTH_WIDTH = 0.12  # degrees, for networks: better than 0.08 on fold 0 and on measured scans
 
 
 def smoothing_points(two_theta: NDArray[np.float64], smooth_width: float) -> int:
