@@ -147,6 +147,11 @@ void bind_dsr_loss(Functions& functions, const std::string& dtype) {
 
 namespace xrdfast {
 
+template <>
+constexpr const char* kObjectName<SimulatedLines> = "SimulatedLines";
+template <>
+constexpr const char* kObjectName<SimulatedFamilies> = "SimulatedFamilies";
+
 Functions module_functions() {
     Functions functions;
     define(functions, "offsets_rise",
@@ -166,11 +171,11 @@ Functions module_functions() {
                                               wavelength, g_min, g_max),
                                    n_threads));
         });
-    define(functions, "count_lines", [](uintptr_t found) { return at<SimulatedLines>(found)->n_rows; });
+    define(functions, "count_lines", [](Held<SimulatedLines> found) { return found.object->n_rows; });
     define(functions, "write_lines",
-        [](uintptr_t found, uintptr_t offset, uintptr_t two_theta, uintptr_t intensity, uintptr_t d_spacing,
+        [](Held<SimulatedLines> found, uintptr_t offset, uintptr_t two_theta, uintptr_t intensity, uintptr_t d_spacing,
            uintptr_t hkl, uintptr_t status, int n_threads) {
-            write_rows(*at<SimulatedLines>(found),
+            write_rows(*found.object,
                        {at<int64_t>(offset), at<double>(two_theta), at<double>(intensity), at<double>(d_spacing),
                         at<int16_t>(hkl), at<int32_t>(status)},
                        n_threads);
@@ -185,11 +190,11 @@ Functions module_functions() {
                            n_structures, n_elements, mott_bethe, wavelength, g_min, g_max),
                 {at<const int64_t>(rotation_offset), at<const int8_t>(rotations), relative_cutoff}, n_threads));
         });
-    define(functions, "count_families", [](uintptr_t found) { return at<SimulatedFamilies>(found)->n_rows; });
+    define(functions, "count_families", [](Held<SimulatedFamilies> found) { return found.object->n_rows; });
     define(functions, "write_families",
-        [](uintptr_t found, uintptr_t offset, uintptr_t hkl, uintptr_t multiplicity, uintptr_t f_squared,
+        [](Held<SimulatedFamilies> found, uintptr_t offset, uintptr_t hkl, uintptr_t multiplicity, uintptr_t f_squared,
            uintptr_t status, int n_threads) {
-            write_rows(*at<SimulatedFamilies>(found),
+            write_rows(*found.object,
                        {at<int64_t>(offset), at<int16_t>(hkl), at<int16_t>(multiplicity), at<float>(f_squared),
                         at<int32_t>(status)},
                        n_threads);

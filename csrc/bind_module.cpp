@@ -1,8 +1,9 @@
 // bind_module.cpp: the pybind11 module, of the functions that bind_cpu.cpp or bind_cuda.cpp list; XRDFAST_MODULE names
 // it (_cpu, _cuda, or _emu: the CUDA sources against the emulator, for the tests). One type of pybind11 function serves
-// all: what it hands on are numbers, read here once. No torch header, so that one build serves every torch version.
+// all: what it hands on are numbers and objects, read here once. No torch header, so that one build serves every torch version.
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <string>
 
 #include "bind.h"
@@ -16,11 +17,12 @@ using namespace xrdfast;
 
 namespace {
 
-// A Python number, or an object that a function of the module gave.
-Number number_of(PyObject* object) {
+Argument argument_of(PyObject* object) {
     if (PyFloat_Check(object)) return {false, 0, PyFloat_AS_DOUBLE(object)};
-    if (PyCapsule_CheckExact(object))
-        return {true, reinterpret_cast<int64_t>(PyCapsule_GetPointer(object, nullptr)), 0.0};
+    if (PyCapsule_CheckExact(object)) {
+        const char* name = PyCapsule_GetName(object);
+        return {true, reinterpret_cast<int64_t>(PyCapsule_GetPointer(object, name)), 0.0, name ? name : ""};
+    }
     int overflow = 0;
     int64_t integer = PyLong_AsLongLongAndOverflow(object, &overflow);
     if (overflow > 0) integer = static_cast<int64_t>(PyLong_AsUnsignedLongLong(object));
@@ -33,7 +35,12 @@ py::object python_of(const Result& result) {
     switch (result.kind) {
         case Result::kBoolean: return py::bool_(result.integer != 0);
         case Result::kInteger: return py::int_(result.integer);
-        case Result::kObject: return py::capsule(result.object, result.release);
+        case Result::kObject: {
+            std::unique_ptr<void, void (*)(void*)> object(result.object, result.release);
+            py::capsule capsule(object.get(), result.object_name, result.release);
+            object.release();
+            return capsule;
+        }
         default: return py::none();
     }
 }
@@ -47,12 +54,13 @@ PYBIND11_MODULE(XRDFAST_MODULE, m) {
             if (PyTuple_GET_SIZE(given.ptr()) != listed.n_arguments)
                 throw py::type_error(listed.name + " takes " + std::to_string(listed.n_arguments) +
                                      " arguments, got " + std::to_string(given.size()));
-            Number numbers[kMaxArguments];
-            for (int i = 0; i < listed.n_arguments; ++i) numbers[i] = number_of(PyTuple_GET_ITEM(given.ptr(), i));
+            Argument arguments[kMaxArguments];
+            for (int i = 0; i < listed.n_arguments; ++i)
+                arguments[i] = argument_of(PyTuple_GET_ITEM(given.ptr(), i));
             Result result;
             {
                 const py::gil_scoped_release unlocked;
-                result = listed.call(listed.function, numbers);
+                result = listed.call(listed.function, arguments);
             }
             return python_of(result);
         });

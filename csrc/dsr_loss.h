@@ -39,7 +39,7 @@ struct DsrLossParams {
     int64_t grad_head_stride;
     Element* grad_logits;  // (n_patterns, n_classes)
 };
-static_assert(kMaxHeadClasses - 1 <= INT16_MAX, "a class within a head fits in the int16 of the kernels");
+static_assert(kMaxHeadClasses - 1 <= INT16_MAX, "a class within a head fits in the int16 of the CUDA kernel");
 
 // loss = T^2 sum_j q_j (log q_j - log p_j), p = softmax(ranked / T), q = softmax(previous_ranked / T), per head;
 // slope[order[j]] = T (p_j - q_j), order the stable ranking.

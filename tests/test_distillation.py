@@ -15,6 +15,7 @@ from xrdfast.distillation import (
     DRGLoss,
     DSRLoss,
     SelfDistillation,
+    _Pointwise,
     softened_divergence,
 )
 
@@ -137,6 +138,28 @@ def test_auxiliary_classifier_in_one_dimension(length: int, channels_last: bool)
     if channels_last:
         auxiliary.channels_last = False
         torch.testing.assert_close(auxiliary(x.transpose(1, 2))["a"], got["a"])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_pointwise_convolution_in_either_layout(layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    ours, plain = _Pointwise(6, 10), nn.Conv2d(6, 10, 1, bias=False)
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 6, 4, 5).to(memory_format=layout).requires_grad_()
+    upstream = torch.randn(3, 10, 4, 5)
+    got, want = (torch.autograd.grad(m(x), (x, m.weight), upstream) for m in (ours, plain))
+    torch.testing.assert_close(ours(x), plain(x))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("length", [66, 513])
+def test_auxiliary_classifier_in_bfloat16(length: int) -> None:
+    torch.manual_seed(0)
+    auxiliary = AuxiliaryClassifier(8, {"a": 5}, 1, channels_last=True).eval()
+    x = torch.randn(4, length, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = auxiliary(x)["a"]
+    torch.testing.assert_close(rounded.float(), auxiliary(x)["a"], rtol=0.02, atol=0.01)
 
 
 def test_auxiliary_classifier_is_the_one_of_the_paper() -> None:

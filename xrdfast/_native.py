@@ -234,10 +234,10 @@ def _plan(name: str, emulator: Path | None) -> _Plan:
     kernels, folders = sorted(CSRC.glob("*.cu")), [CSRC]
     if name == "_cpu":
         others = ("bind_cuda.cpp", *TEXT_SOURCES)
-        names = [p for p in CSRC.glob("*.cpp") if p.name not in others]
+        paths = [p for p in CSRC.glob("*.cpp") if p.name not in others]
         # Long compiles first, so that no core waits for the last.
-        names.sort(key=lambda path: (not path.name.startswith("bind_"), -path.stat().st_size))
-        sources = {p: [*cxx, *_CXX_FLAGS, *_binding_flags(p, name), *include] for p in names}
+        paths.sort(key=lambda path: (not path.name.startswith("bind_"), -path.stat().st_size))
+        sources = {p: [*cxx, *_CXX_FLAGS, *_binding_flags(p, name), *include] for p in paths}
         link = [*cxx, "-shared", "-fopenmp"]
     elif name == "_text":
         sources = {CSRC / source: [*cxx, *_CXX_FLAGS, *include] for source in TEXT_SOURCES}
@@ -274,7 +274,7 @@ def _plan(name: str, emulator: Path | None) -> _Plan:
 
 
 def _binding_flags(source: Path, module: str) -> list[str]:
-    """Of the files that only hand addresses on: to optimise them would take half as long again."""
+    """Flags for a source of that module beside those of all: what only hands addresses on is not worth optimising."""
     flags = ["-Og"] if source.name.startswith("bind_") else []
     return [*flags, f"-DXRDFAST_MODULE={module}"] if source.name == "bind_module.cpp" else flags
 

@@ -163,18 +163,16 @@ class DRGLoss(nn.Module):
 
 
 class _Pointwise(nn.Conv2d):
-    """1x1, no bias; of a map with its channels in rows one matrix product, which takes a seventh less time."""
+    """1x1, no bias; where a map has its channels in rows, one matrix product: up to a third faster on a CPU."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.movedim(1, -1)
-        return (
-            F.linear(rows, self.weight.flatten(1)).movedim(-1, 1)
-            if rows.is_contiguous()
-            else super().forward(x)
-        )
+        if rows.is_contiguous():
+            return F.linear(rows, self.weight.flatten(1)).movedim(-1, 1)
+        return super().forward(x)
 
 
 class _Separable(nn.Sequential):
@@ -198,18 +196,6 @@ class _Separable(nn.Sequential):
             norm(v),
             nn.ReLU(inplace=True),
         )
-
-
-def _stretched(x: Tensor, length: int) -> Tensor:
-    """(n, c, 1, old) to (n, c, 1, length), linear between points, corners aligned: one product over channels in rows.
-
-    F.interpolate, made for images, takes ten times as long on maps of one row.
-    """
-    old = x.shape[3]
-    at = torch.arange(length, dtype=x.dtype, device=x.device) * ((old - 1) / max(length - 1, 1))
-    share = (1.0 - (at[:, None] - torch.arange(old, dtype=x.dtype, device=x.device)).abs()).clamp_min(0.0)
-    rows = torch.bmm(share.expand(len(x), -1, -1), x.squeeze(2).transpose(1, 2))
-    return rows.transpose(1, 2).unsqueeze(2)
 
 
 class AuxiliaryClassifier(nn.Module):
@@ -245,9 +231,7 @@ class AuxiliaryClassifier(nn.Module):
             x = x.movedim(-1, 1)
         if self.n_dims == 1:
             x = x.unsqueeze(2)
-            gate = _stretched(self.gate(x), x.shape[3])
-        else:
-            gate = F.interpolate(self.gate(x), size=x.shape[2:], mode="bilinear", align_corners=True)
+        gate = F.interpolate(self.gate(x), size=x.shape[2:], mode="bilinear", align_corners=True)
         rows = self.trunk(gate.sigmoid() * x).flatten(2).transpose(1, 2)  # whose mean sends back rows, too
         features = rows.mean(dim=1)
         return {head: linear(features) for head, linear in self.heads.items()}

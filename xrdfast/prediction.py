@@ -34,7 +34,7 @@ from xrdfast.data.profiles import PROFILES
 from xrdfast.data.scans import read
 from xrdfast.data.store import PatternStore
 from xrdfast.data.structures import PackedStructures, analyse_symmetry, load_structures
-from xrdfast.data.whole_scans import MODEL_SMOOTH_WIDTH, preprocess_whole_scans
+from xrdfast.data.whole_scans import preprocess_whole_scans
 from xrdfast.errors import InputError, shown_path
 from xrdfast.lines import simulate_structure_lines
 from xrdfast.models import SymmetryModel, model_path
@@ -403,7 +403,7 @@ class SymmetryPredictor:
             wavelength,
             grid=self.grid,
             model_wavelength=self.wavelength,
-            smooth_width=MODEL_SMOOTH_WIDTH,
+            smooth_width=self.augment.smooth_width,
             device=self.device,
         )[0]
 

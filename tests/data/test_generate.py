@@ -22,7 +22,7 @@ from xrdfast.data.generate import (
 )
 from xrdfast.data.store import PatternStore, SimulationConfig
 from xrdfast.data.structures import PackedStructures, load_structures
-from xrdfast.data.whole_scans import MODEL_SMOOTH_WIDTH, preprocess_whole_scans
+from xrdfast.data.whole_scans import preprocess_whole_scans
 from xrdfast.errors import InputError
 from xrdfast.ops.render_patterns import render_patterns
 from xrdfast.ops.simulate import simulate_families
@@ -350,7 +350,7 @@ def test_measured_preparation_is_what_prediction_does(store: PatternStore, monke
         wavelength,
         grid=Grid(),
         model_wavelength=wavelength[0],
-        smooth_width=MODEL_SMOOTH_WIDTH,
+        smooth_width=source.augment.smooth_width,
     )
     assert torch.equal(got, want)
     assert got.amax(dim=1).tolist() == [100.0] * 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -38,17 +40,46 @@ def test_merging_is_a_convolution(length, stride, n_patterns):
 
 
 def test_merging_under_autocast():
-    """In bfloat16, forward and backward; parameters get gradients of their own type."""
+    """Products of training are short, sums and parameters' gradients are not; evaluation and doubles stay exact."""
     torch.manual_seed(0)
     merge = PatchMerge(8, 16)
     x = torch.randn(3, 65, 8, requires_grad=True)
     exact = merge(x)
+    compiled = torch.compile(merge, backend="eager", fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = merge(x)
-    assert rounded.dtype == torch.bfloat16
-    torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.05)
-    rounded.float().square().sum().backward()
-    assert merge.weight.grad.dtype == x.grad.dtype == torch.float32
+        assert rounded.dtype == compiled(x).dtype == torch.float32
+        with torch.no_grad():
+            assert torch.equal(merge(x), exact)
+        doubled = copy.deepcopy(merge).double()(x.double())
+    assert doubled.dtype == torch.float64
+    torch.testing.assert_close(doubled.float(), exact)
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
+    rounded.square().sum().backward()
+    assert merge.weight.grad.dtype == merge.bias.grad.dtype == x.grad.dtype == torch.float32
+
+
+def test_backward_inside_autocast_keeps_the_precision_of_the_forward():
+    torch.manual_seed(0)
+    merge = PatchMerge(8, 16)
+    x = torch.randn(3, 65, 8, requires_grad=True)
+    (want,) = torch.autograd.grad(merge(x).square().sum(), x)
+    loss = merge(x).square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        (got,) = torch.autograd.grad(loss, x)
+    assert torch.equal(got, want)
+
+
+def test_merging_goes_on_as_other_layers_do():
+    """Its result can be changed in place, it takes tensors without data, and says so where it cannot differentiate."""
+    merge = PatchMerge(4, 6)
+    x = torch.randn(2, 33, 4, requires_grad=True)
+    merge(x).relu_().sum().backward()
+    assert merge.to("meta")(torch.empty(2, 33, 4, device="meta")).shape == (2, 18, 6)
+    (grad,) = torch.autograd.grad(PatchMerge(4, 6)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
 
 
 def test_merging_compiled():

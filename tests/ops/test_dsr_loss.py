@@ -241,6 +241,22 @@ def test_compiles_whole() -> None:
     assert torch.equal(*gradients)
 
 
+def test_a_loss_that_nobody_uses_gives_no_gradient() -> None:
+    class Ignore(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    logits, other = batch(3, 9)
+    leaf = logits.requires_grad_()
+    Ignore.apply(dsr_loss(leaf, ranked(other, (0, 9)))[0]).sum().backward()
+    assert leaf.grad is None
+
+
 def test_twenty_steps_descend_as_with_the_reference() -> None:
     """A small classifier regularised by its own ranked outputs: the losses agree along the way."""
     courses = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 
 import numpy as np
@@ -300,3 +301,20 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.xrdfast.simulate_lines.default, arguments(structures))
     extra = (structures.rotation_offset, structures.rotations, 1e-6)
     torch.library.opcheck(torch.ops.xrdfast.simulate_families.default, (*arguments(structures), *extra))
+
+
+def test_the_module_takes_its_own_objects_alone():
+    """Never memory that is something else: it would be read."""
+    module = _native.cpu()
+    if module is None:
+        pytest.skip("no native module")
+    offset = torch.tensor([0, 1, 2])
+    for object_given in (datetime.datetime_CAPI, 0, 1.5):
+        with pytest.raises(ValueError, match="an object of type SimulatedLines belongs here"):
+            module.count_lines(object_given)
+    with pytest.raises(ValueError, match="an object was given where a number belongs"):
+        module.offsets_rise(datetime.datetime_CAPI, 2, 2)
+    with pytest.raises(ValueError, match="a float was given where an integer belongs"):
+        module.offsets_rise(offset.data_ptr(), 2.0, 2)
+    with pytest.raises(TypeError, match="offsets_rise takes 3 arguments, got 1"):
+        module.offsets_rise(1)

@@ -274,6 +274,15 @@ def test_a_teacher_of_another_preparation_is_refused(cubic_store: Path, tmp_path
         check_teacher(str(tmp_path / "teacher"), (0,), measured, KA1_WAVELENGTH)
 
 
+def test_weights_that_ship_teach_by_name() -> None:
+    """The name stays in the run's settings, so that it resumes wherever the package is."""
+    student = AugmentConfig(profile="lab", preparation="measured")
+    check_teacher("lab-small", (0,), student, KA1_WAVELENGTH)
+    other = dataclasses.replace(student, smooth_width=0.05)
+    with pytest.raises(InputError, match=r"augment\.smooth_width: must be the student's 0\.05, got 0\.12"):
+        check_teacher("lab-small", (0,), other, KA1_WAVELENGTH)
+
+
 def test_a_teacher_of_another_wavelength_is_refused(cubic_store: Path, tmp_path: Path) -> None:
     Trainer(tiny_config(cubic_store, epochs=1), tmp_path / "teacher").run()
     with pytest.raises(InputError, match=r"wavelength: must be the student's 0\.7, got 1\.54"):

@@ -57,12 +57,11 @@ def distill(
     from xrdfast.training.checkpoint import load_model_card
     from xrdfast.training.config import load_config
 
-    words = [f"distill --teacher {teacher} --preset {preset} -o {output}"]
-    teacher = model_path(teacher)
     own = (f"model.preset={json.dumps(preset)}", f"distillation.teacher={json.dumps(str(teacher))}")
-    base = {} if config is not None else load_model_card(teacher).config
+    base = {} if config is not None else load_model_card(model_path(teacher)).config
     base.get("train", {}).pop("cuda_graph", None)  # which distillation does not go with
     settings = load_config(config, (*own, *overrides), base)
+    words = [f"distill --teacher {teacher} --preset {preset} -o {output}"]
     words += [f"--config {config}"] if config is not None else []
     _run_training(settings, output, resume, " ".join([*words, *(f"--set {x}" for x in overrides)]))
 

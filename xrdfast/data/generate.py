@@ -24,7 +24,7 @@ from xrdfast.data.folds import assign_folds
 from xrdfast.data.profiles import PROFILES, draw_profiles
 from xrdfast.data.store import PatternStore, SimulationConfig, StoreWriter
 from xrdfast.data.structures import PackedStructures, Rejected
-from xrdfast.data.whole_scans import MODEL_SMOOTH_WIDTH, smoothing_points
+from xrdfast.data.whole_scans import smoothing_points
 from xrdfast.errors import InputError
 from xrdfast.ops.line_profile import ProfileParameters, measured_ranges
 from xrdfast.ops.preprocess import preprocess_scans
@@ -50,12 +50,15 @@ class AugmentConfig:
         preparation: of patterns as measured: "known" takes off the background that was put on, inside the kernel that
             renders; "measured" does to the counts what prediction does to a scan (smoothing, SNIP, clip), for some
             300 us a pattern on a core.
+        smooth_width: degrees over which a scan is smoothed, by "measured" and by prediction. The weights that ship
+            with 0.08, 0.12 and 0.16, on fold 0: 56.7, 57.2 and 57.0 % top-1.
     """
 
     strain: float = 0.01
     b_max: float = 2.0
     profile: str = "sticks"
     preparation: str = "known"
+    smooth_width: float = 0.12
 
 
 PREPARATIONS = ("known", "measured")
@@ -237,7 +240,7 @@ class PatternSource:
             torch.full((len(counts),), wavelength, dtype=torch.float64, device=self.device),
             grid=grid,
             model_wavelength=wavelength,
-            smooth_points=smoothing_points(two_theta, MODEL_SMOOTH_WIDTH),
+            smooth_points=smoothing_points(two_theta, self.augment.smooth_width),
         ).intensity
 
     def _draw(self, n_patterns: int, generator: Generator) -> _Drawn:

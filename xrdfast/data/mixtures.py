@@ -18,7 +18,7 @@ from xrdfast.bragg import Grid
 from xrdfast.data.generate import AugmentConfig, draw_strain, strained_reciprocal_metric
 from xrdfast.data.profiles import PROFILES, draw_profiles
 from xrdfast.data.store import FamilyBatch, PatternStore
-from xrdfast.data.whole_scans import MODEL_SMOOTH_WIDTH, preprocess_whole_scans
+from xrdfast.data.whole_scans import preprocess_whole_scans
 from xrdfast.ops.line_profile import ProfileParameters, measured_ranges
 from xrdfast.ops.render_patterns import render_patterns
 
@@ -74,7 +74,7 @@ def draw_one_and_two(
                 [wavelength] * len(counts),
                 grid=grid,
                 model_wavelength=wavelength,
-                smooth_width=MODEL_SMOOTH_WIDTH,
+                smooth_width=augment.smooth_width,
             )
             prepared.append(some)
         yield OneAndTwo(*prepared, share)

@@ -15,8 +15,6 @@ from torch import Tensor
 from xrdfast.bragg import Grid
 from xrdfast.ops.preprocess import MAX_SMOOTH_POINTS, preprocess_scans
 
-MODEL_SMOOTH_WIDTH = 0.12  # degrees, for networks: better than 0.08 on fold 0 and on measured scans
-
 
 def smoothing_points(two_theta: NDArray[np.float64], smooth_width: float) -> int:
     """Odd number of points whose ends lie about `smooth_width` degrees apart; 1 for no smoothing, at most 101.

@@ -472,12 +472,9 @@ def _check_scans(
     _require(rises, "offset", f"rising from 0 to {n_total}", f"{bounds[:5]} ...")
     _check_angles(offset, two_theta)
     there = (wavelength > 0.0) & (wavelength < math.inf)
-    apart = (second_wavelength == 0.0) | (second_wavelength > wavelength) & (second_wavelength < math.inf)
-    if not bool((there & apart).all()):
-        first = int((there & apart).logical_not().nonzero()[0])
-        _require(bool(there[first]), "wavelength", "finite and > 0 Angstrom", float(wavelength[first]))
-        rule = "0 or finite and above wavelength"
-        _require(False, "second_wavelength", rule, float(second_wavelength[first]))
+    _require_all(there, "wavelength", "finite and > 0 Angstrom", wavelength)
+    apart = (second_wavelength == 0.0) | ((second_wavelength > wavelength) & (second_wavelength < math.inf))
+    _require_all(apart, "second_wavelength", "0 or finite and above wavelength", second_wavelength)
 
 
 def _check_angles(offset: Tensor, two_theta: Tensor) -> None:
@@ -496,6 +493,11 @@ def _check_angles(offset: Tensor, two_theta: Tensor) -> None:
     ).tolist()  # one synchronisation
     _require(0.0 < low <= high < 180.0, "two_theta", "between 0 and 180 degrees", f"{low} to {high}")
     _require(rising == 1.0, "two_theta", "rising within each scan", "other values")
+
+
+def _require_all(holds: Tensor, name: str, rule: str, values: Tensor) -> None:
+    if not bool(holds.all()):
+        _require(False, name, rule, float(values[int(holds.logical_not().nonzero()[0])]))
 
 
 def _require(fine: bool, name: str, rule: str, got: object) -> None:

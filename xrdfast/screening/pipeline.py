@@ -290,6 +290,7 @@ class Screener:
             "grid": vars(self.predictor.grid),
             "wavelength": self.predictor.wavelength,
             "profile": self.predictor.augment.profile,
+            "smooth_width": self.predictor.augment.smooth_width,
             "calibration": calibration.to_dict() if calibration else None,
             "given": vars(self.given) if self.given else None,
             "top_k": self.top_k,

@@ -131,6 +131,7 @@ _RULES: dict[str, _Rule] = {
     "augment.b_max": _NOT_NEGATIVE,
     "augment.profile": _one_of(("sticks", *PROFILES)),
     "augment.preparation": _one_of(PREPARATIONS),
+    "augment.smooth_width": ("in [0, 1]", lambda x: 0 <= x <= 1),
     "train.epochs": _NOT_NEGATIVE,
     "train.max_minutes": _NOT_NEGATIVE,
     "train.batch_size": _POSITIVE,

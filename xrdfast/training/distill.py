@@ -19,7 +19,7 @@ from xrdfast.bragg import wavelength_of
 from xrdfast.data.generate import AugmentConfig
 from xrdfast.distillation import DRGLoss, DSRLoss, SelfDistillation, softened_divergence
 from xrdfast.errors import InputError
-from xrdfast.models import PRESETS, SymmetryModel
+from xrdfast.models import PRESETS, SymmetryModel, model_path
 from xrdfast.models.encoder import N_POINTS
 from xrdfast.posterior import joint_posterior
 from xrdfast.training import checkpoint
@@ -34,7 +34,7 @@ class DistillationConfig:
     Attributes:
         drg, dsr: LightSKD's reverse guidance and ranked-output regularisation.
         joint: the joint posterior of the four heads teaches each head, as a further reverse guide.
-        teacher: run folder or model file of a trained model whose answers teach this one; "" for none.
+        teacher: run folder, model file or name of weights that ship, whose answers teach this one; "" for none.
         stage: submodule that the auxiliary classifier of DRG reads; "" takes the preset's.
         temperature: T of all of them.
         drg_weight, dsr_weight, joint_weight, teacher_weight: factors of the KL terms.
@@ -167,14 +167,14 @@ def check_teacher(
     """Sees that a teacher knows the patterns of its student, and not those that judge the student.
 
     Args:
-        path: run folder or model file.
+        path: run folder, model file or name of weights that ship.
         folds_validation, student, wavelength: of the student's run; `student` is its augmentation.
 
     Raises:
         InputError: for other validation folds, another profile, preparation or wavelength; what the file does not
             state, passes.
     """
-    card = checkpoint.load_model_card(path)
+    card = checkpoint.load_model_card(model_path(path))
     data, augment = (card.config.get(table, {}) for table in ("data", "augment"))
     folds = data.get("folds_validation")
     if folds is not None and set(folds) != set(folds_validation):
@@ -182,7 +182,7 @@ def check_teacher(
             f"{path}: data.folds_validation: must be the student's {sorted(folds_validation)}, got {sorted(folds)}"
         )
     of_student = dataclasses.asdict(student)
-    for key in ("profile", "preparation") if card.config else ():
+    for key in ("profile", "preparation", "smooth_width") if card.config else ():
         got = augment.get(key, getattr(AugmentConfig(), key))
         if got != of_student[key]:
             raise InputError(f"{path}: augment.{key}: must be the student's {of_student[key]}, got {got}")
@@ -192,7 +192,7 @@ def check_teacher(
 
 def _teacher(path: str, student: SymmetryModel) -> SymmetryModel:
     device = next(student.parameters()).device
-    teacher = checkpoint.load_model(path, device).requires_grad_(False)
+    teacher = checkpoint.load_model(model_path(path), device).requires_grad_(False)
     missing = [task for task in student.tasks if task not in teacher.tasks]
     if missing:
         raise InputError(f"{path}: tasks: must be those of the student, got no {missing[0]}")
