@@ -1,6 +1,7 @@
 // bind_module.cpp: the pybind11 module, of the functions that bind_cpu.cpp or bind_cuda.cpp list; XRDFAST_MODULE names
 // it (_cpu, _cuda, or _emu: the CUDA sources against the emulator, for the tests). One type of pybind11 function serves
-// all: what it hands on are numbers and objects, read here once. No torch header, so that one build serves every torch version.
+// all: what it hands on are numbers and objects, read here once. No torch header, so that one build serves every torch
+// version.
 #include <pybind11/pybind11.h>
 
 #include <memory>

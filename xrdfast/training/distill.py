@@ -171,8 +171,8 @@ def check_teacher(
         folds_validation, student, wavelength: of the student's run; `student` is its augmentation.
 
     Raises:
-        InputError: for other validation folds, another profile, preparation or wavelength; what the file does not
-            state, passes.
+        InputError: for other validation folds, another profile, preparation, width of smoothing or wavelength; what
+            the file does not state, passes.
     """
     card = checkpoint.load_model_card(model_path(path))
     data, augment = (card.config.get(table, {}) for table in ("data", "augment"))
