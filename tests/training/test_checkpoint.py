@@ -108,11 +108,17 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 def test_a_published_model_is_half_as_long_and_names_no_folder(tmp_path: Path) -> None:
     model = build_model("tiny")
-    config = {"model": {"preset": "tiny"}, "data": {"stores": ["/a/private/place/x.store.safetensors"]}}
+    config = {
+        "model": {"preset": "tiny", "weights": "/a/private/place/run"},
+        "data": {"stores": ["/a/private/place/x.store.safetensors"]},
+    }
     save_model(tmp_path / MODEL_FILE, model, dataclasses.replace(CARD, config=config))
     publish_model(tmp_path, tmp_path / "public.safetensors")
     card = load_model_card(tmp_path / "public.safetensors")
-    assert card.config == config | {"data": {"stores": ["x.store.safetensors"]}}
+    assert card.config == {
+        "model": {"preset": "tiny", "weights": "run"},
+        "data": {"stores": ["x.store.safetensors"]},
+    }
     assert card.calibration == CARD.calibration
     with safe_open(tmp_path / "public.safetensors", "pt") as file:
         kinds = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118

@@ -27,7 +27,7 @@ from xrdfast.training.checkpoint import (
     load_model_card,
     load_state,
 )
-from xrdfast.training.config import DataConfig, TrainConfig, load_config
+from xrdfast.training.config import DataConfig, PresetConfig, TrainConfig, load_config
 from xrdfast.training.run_log import LOG_FILE
 from xrdfast.training.trainer import (
     CONFIG_FILE,
@@ -286,6 +286,41 @@ def test_settings_run(cubic_store: Path, tmp_path: Path, train: dict[str, Any]) 
 def test_a_model_of_one_task(cubic_store: Path, tmp_path: Path) -> None:
     result = Trainer(tiny_config(cubic_store, "tiny_single", epochs=1), tmp_path).run()
     assert list(result.metrics["top1"]) == ["space_group"]
+
+
+def test_a_run_starts_from_weights(cubic_store: Path, tmp_path: Path) -> None:
+    Trainer(tiny_config(cubic_store), tmp_path / "first").run()
+    before = load_model(tmp_path / "first").state_dict()
+    config = replace(tiny_config(cubic_store), model=PresetConfig("tiny", str(tmp_path / "first")))
+    trainer = Trainer(config, tmp_path / "second")
+    for model in (trainer.model, trainer.averaged):
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
+    trainer.run()
+    after = load_model(tmp_path / "second").state_dict()
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+    # A stopped run goes on from its own weights, wherever those it began with are now.
+    (tmp_path / "first" / MODEL_FILE).unlink()
+    Trainer(config, tmp_path / "second", resume=True)
+
+
+def test_weights_that_do_not_fit_are_refused(cubic_store: Path, tmp_path: Path) -> None:
+    Trainer(tiny_config(cubic_store), tmp_path / "first").run()
+    first = str(tmp_path / "first")
+    single = replace(tiny_config(cubic_store), model=PresetConfig("tiny_single", first))
+    with pytest.raises(InputError, match="first: preset: must be tiny_single to start from, got tiny"):
+        Trainer(single, tmp_path / "second")
+    folds = replace(
+        tiny_config(cubic_store),
+        model=PresetConfig("tiny", first),
+        data=DataConfig((str(cubic_store),), (1,)),
+    )
+    with pytest.raises(InputError, match=r"folds_validation: must be this run's \[1\], got \[0\]"):
+        Trainer(folds, tmp_path / "second")
+    nowhere = replace(tiny_config(cubic_store), model=PresetConfig("tiny", "nowhere/run"))
+    with pytest.raises(InputError, match="nowhere/run: file: must be readable"):
+        Trainer(nowhere, tmp_path / "second")
+    assert not (tmp_path / "second").exists()
 
 
 def test_every_pattern_comes_once_an_epoch(cubic_store: Path, tmp_path: Path) -> None:

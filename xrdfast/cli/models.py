@@ -60,6 +60,7 @@ def distill(
     own = (f"model.preset={json.dumps(preset)}", f"distillation.teacher={json.dumps(str(teacher))}")
     base = {} if config is not None else load_model_card(model_path(teacher)).config
     base.get("train", {}).pop("cuda_graph", None)  # which distillation does not go with
+    base.get("model", {}).pop("weights", None)  # of the teacher's preset
     settings = load_config(config, (*own, *overrides), base)
     words = [f"distill --teacher {teacher} --preset {preset} -o {output}"]
     words += [f"--config {config}"] if config is not None else []

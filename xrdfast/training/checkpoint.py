@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,8 @@ def publish_model(source: str | Path, path: str | Path) -> None:
     config = dict(card.config)
     if "data" in config:
         config["data"] = config["data"] | {"stores": [Path(name).name for name in config["data"]["stores"]]}
+    if "model" in config:
+        config["model"] = config["model"] | {"weights": Path(config["model"].get("weights", "")).name}
     save_model(path, model, dataclasses.replace(card, config=config))
 
 
@@ -101,6 +103,24 @@ def load_model_card(path: str | Path) -> ModelCard:
     path = _model_path(path)
     metadata, _ = _read(path, "xrdfast-model", tensors=False)
     return _card(path, metadata)
+
+
+def check_folds(path: str | Path, folds_validation: Collection[int], whose: str) -> None:
+    """Sees that a model was not trained on the patterns that are to judge another.
+
+    Args:
+        path: run folder or model file; one that does not state its folds passes.
+        folds_validation: of the other.
+        whose: names the other in the message: "the student's".
+
+    Raises:
+        InputError: for other validation folds, or as `load_model_card`.
+    """
+    folds = load_model_card(path).config.get("data", {}).get("folds_validation")
+    if folds is not None and set(folds) != set(folds_validation):
+        raise InputError(
+            f"{path}: data.folds_validation: must be {whose} {sorted(folds_validation)}, got {sorted(folds)}"
+        )
 
 
 def load_weights(path: Path, model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:

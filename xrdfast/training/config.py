@@ -31,9 +31,16 @@ DEVICES = ("auto", "cpu", "cuda")
 
 @dataclass(frozen=True)
 class PresetConfig:
-    """[model]. `preset`: a name in `xrdfast.models.PRESETS`."""
+    """[model].
+
+    Attributes:
+        preset: a name in `xrdfast.models.PRESETS`.
+        weights: what training starts from: run folder, model file or name of weights that ship, of this preset; ""
+            starts anew.
+    """
 
     preset: str = "small"
+    weights: str = ""
 
 
 @dataclass(frozen=True)

@@ -174,13 +174,9 @@ def check_teacher(
         InputError: for other validation folds, another profile, preparation, width of smoothing or wavelength; what
             the file does not state, passes.
     """
+    checkpoint.check_folds(model_path(path), folds_validation, "the student's")
     card = checkpoint.load_model_card(model_path(path))
-    data, augment = (card.config.get(table, {}) for table in ("data", "augment"))
-    folds = data.get("folds_validation")
-    if folds is not None and set(folds) != set(folds_validation):
-        raise InputError(
-            f"{path}: data.folds_validation: must be the student's {sorted(folds_validation)}, got {sorted(folds)}"
-        )
+    augment = card.config.get("augment", {})
     of_student = dataclasses.asdict(student)
     for key in ("profile", "preparation", "smooth_width") if card.config else ():
         got = augment.get(key, getattr(AugmentConfig(), key))

@@ -30,7 +30,7 @@ from xrdfast.data.mixtures import draw_one_and_two
 from xrdfast.data.store import PatternStore
 from xrdfast.errors import InputError
 from xrdfast.evaluation import evaluate_predictions
-from xrdfast.models import PRESETS, build_model
+from xrdfast.models import PRESETS, build_model, model_path
 from xrdfast.posterior import Calibration, fit_calibration, joint_posterior
 from xrdfast.suspicion import fit_several_phases, pattern_shape, phase_features
 from xrdfast.symmetry import N_CLASSES, class_index
@@ -405,6 +405,8 @@ class Trainer:
             return
         if any((self.out_dir / name).exists() for name in (checkpoint.STATE_FILE, checkpoint.MODEL_FILE)):
             raise InputError(f"{self.out_dir}: folder: must be new or resumed, got a run")
+        if self.config.model.weights:
+            self._take_weights(model_path(self.config.model.weights))
         if self._processes.rank == 0:
             try:
                 self.out_dir.mkdir(parents=True, exist_ok=True)
@@ -413,6 +415,18 @@ class Trainer:
                 raise InputError(
                     f"{self.out_dir}: folder: must be writable, got {error.strerror or error}"
                 ) from error
+
+    def _take_weights(self, source: Path) -> None:
+        """Starts from the weights of a model of this preset, which must not have seen what validates this run."""
+        preset = checkpoint.load_model_card(source).preset
+        if preset != self.config.model.preset:
+            raise InputError(
+                f"{source}: preset: must be {self.config.model.preset} to start from, got {preset}"
+            )
+        checkpoint.check_folds(source, self.config.data.folds_validation, "this run's")
+        weights = checkpoint.load_model(source, self.device).state_dict()
+        for model in (self.model, self.averaged):
+            model.load_state_dict(weights)
 
     def _restore(self, path: Path) -> None:
         tensors, state = checkpoint.load_state(path)
