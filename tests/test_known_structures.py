@@ -138,9 +138,11 @@ def test_strain_is_measured_against_the_library(known: KnownStructures) -> None:
     assert float(matches.strain[0, 0]) == pytest.approx(0.012, abs=0.001)
     assert float(matches.distortion[0, 0]) == 0.0
     assert matches.structure[0, 13:].tolist() == [-1] * 7
-    # A list without lines is like nothing: no structure, and no group above what the floor gives.
+    # A list without lines is like nothing: no structure, and no group before another; so is a scan without peaks.
     assert matches.structure[1].unique().tolist() == [-1]
-    torch.testing.assert_close(matches.space_group[1], torch.full((230,), 1.0 / 230.0), atol=2e-3, rtol=0.0)
+    flat = known.match([np.arange(10.0, 60.0, 0.02)], [np.full(2500, 100.0)], [KA1_WAVELENGTH])
+    for row in (matches.space_group[1], flat.space_group[0]):
+        torch.testing.assert_close(row, torch.full((230,), 1.0 / 230.0))
 
 
 def test_excluded_structures_are_not_found(store: PatternStore, known: KnownStructures) -> None:
@@ -205,6 +207,14 @@ def test_a_file_that_does_not_fit_is_refused(
     changed.save(tmp_path / "changed.safetensors")
     with pytest.raises(InputError, match=rule):
         KnownStructures.load(tmp_path / "changed.safetensors")
+
+
+def test_a_library_of_nothing_is_refused(known: KnownStructures, tmp_path: Path) -> None:
+    fields = {key: value for key, value in vars(known).items() if not key.startswith("_")}
+    none = {name: value[:0] for name, value in fields.items() if name not in ("line_offset", "evidence")}
+    KnownStructures(**none, line_offset=torch.zeros(1, dtype=torch.int64)).save(tmp_path / "none.safetensors")
+    with pytest.raises(InputError, match="structures: must be one or more, got none"):
+        KnownStructures.load(tmp_path / "none.safetensors")
 
 
 def test_other_files_are_refused(store: PatternStore, tmp_path: Path) -> None:

@@ -257,7 +257,7 @@ class KnownStructures:
         Raises:
             InputError: where it cannot be written.
         """
-        strings = json.dumps({name: getattr(self, name) for name in _STRINGS}, ensure_ascii=False)
+        strings = json.dumps({name: getattr(self, name) for name in _STRINGS})
         tensors = {name: getattr(self, name) for name in _TENSORS}
         tensors["strings"] = torch.frombuffer(bytearray(strings.encode()), dtype=torch.uint8)
         save_checked(Path(path), tensors, {"format": FORMAT, "version": VERSION})
@@ -408,6 +408,7 @@ class KnownStructures:
         candidate, score, fit, coarse, spread = self._compared(intensity, measured, exclude)
         weight = self._weights(score, fit, candidate, spread.gather(1, candidate.clamp(min=0)))
         probability = self._probabilities(weight, candidate, self._likeness(coarse, spread))
+        probability = torch.where((intensity > 0.0).any(1, keepdim=True), probability, 1.0 / N_SPACE_GROUPS)
         order = weight.argsort(dim=1, descending=True, stable=True)[:, :n_best]
         short = (0, n_best - order.shape[1])
         fit = fit.gather(1, order[..., None].expand(-1, -1, fit.shape[2]))
@@ -549,6 +550,8 @@ def _check_file(path: Path, tensors: dict[str, Tensor | None], lengths: dict[str
         "metric_change": (n, 6, 6),
         "space_group_number": (n,),
     }
+    if n == 0:
+        raise InputError(f"{path}: structures: must be one or more, got none")
     if set(lengths.values()) != {n}:
         raise InputError(f"{path}: strings: must be {n} of each, got {lengths}")
     for name, dtype in _TENSORS.items():

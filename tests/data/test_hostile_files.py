@@ -10,6 +10,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 
 import xrdfast
 from tests.data import formats_written as written
-from xrdfast.data.formats import bounded
+from xrdfast.data.formats import bounded, bruker
 from xrdfast.errors import InputError
 
 PEAK = 600  # MB, of the whole process; the worst met is 310
@@ -63,6 +64,8 @@ LAUGHS = b"""<?xml version="1.0"?><!DOCTYPE xrdMeasurements [<!ENTITY a "ha"><!E
 <!ENTITY c "&b;&b;&b;&b;&b;&b;&b;&b;">]><xrdMeasurements>&c;</xrdMeasurements>"""
 EXTERNAL = LAUGHS.replace(b'<!ENTITY a "ha">', b'<!ENTITY a SYSTEM "file:///etc/passwd">')
 TABLE = "<D><RawDataReferenceList><string>RawData0.xml</string></RawDataReferenceList></D>"
+CRYSTAL = f"_diffrn_radiation_monochromator 'Ge{' ' * 200_000}x'\n"
+LONG_HEADER = b"_FILEVERSION=1\n" + b"".join(b"_K%d=%s\n" % (i, b"x" * 900) for i in range(240))
 CASES = {
     "gzip.xy.gz": (lambda: deflated(1024 * MB), "size: must be at most 67108864 bytes"),
     "bzip.xy.bz2": (lambda: bz2.compress(bytes(100 * MB)), "size: must be at most 67108864 bytes"),
@@ -106,6 +109,23 @@ CASES = {
         lambda: written.pdcif() + b"#" * (20 * MB),
         "size: must be at most 8388608 bytes for a CIF",
     ),
+    "block.cif": (lambda: b"data_" + b" " * MB + b"'\n", "file: must follow the CIF grammar"),
+    "name.cif": (
+        lambda: b"data_a\n_space_group_name_Hall P" + b" " * MB + b"'\n",
+        "file: must follow the CIF grammar",
+    ),
+    "crystal.cif": (
+        lambda: written.pdcif(radiation=f"_diffrn_radiation_wavelength 1.5406\n{CRYSTAL}"),
+        "^read$",
+    ),
+    "header.uxd": (
+        lambda: LONG_HEADER + b"_COUNTS\n1 2\n3 4\n_A=1\n" * 4096,
+        "scan: must be chosen in a file of 4096",
+    ),
+    "keys.uxd": (
+        lambda: b"_FILEVERSION=1\n" + b"".join(b"_K%d=1\n" % i for i in range(300)),
+        "header: must have at most 250 keys",
+    ),
     "steps.dat": (
         lambda: b"1.0 0.000001 100.0\n" + b"1 " * (30 * MB),
         "must be two or three numbers|at least 2",
@@ -130,6 +150,15 @@ def test_memory_and_time_are_bounded(tmp_path: Path):
         assert re.search(expected[name], answer), (name, answer)
         assert "\n" not in answer and len(answer) < 1000
         assert used < TIME and peak < PEAK, (name, used, peak)
+
+
+def test_a_member_listed_many_times_is_read_once():
+    listed = "<string>RawData0.xml</string>" * 4000
+    table = f"<D><RawDataReferenceList>{listed}</RawDataReferenceList></D>"
+    raw = "<RawData>" + "<a/>" * 300_000 + "</RawData>"
+    start = time.process_time()
+    scans = bruker.read_brml(written.archive({"DataContainer.xml": table, "RawData0.xml": raw}))
+    assert len(scans) == 1 and time.process_time() - start < TIME
 
 
 def test_comments_are_passed_over_once():

@@ -112,6 +112,15 @@ def test_pieces_make_the_same_file_as_one_append(path: Path, tmp_path: Path) -> 
     assert other.read_bytes() == path.read_bytes()
 
 
+def test_names_that_are_no_text_are_kept(path: Path) -> None:
+    """A file's name is its id, and may be any bytes."""
+    structures = make_structures(1)
+    structures.ids[0] = "a\udcff.cif"
+    with StoreWriter(path, SimulationConfig(), ["a.npz"]) as writer:
+        writer.append(structures, make_families(1))
+    assert PatternStore.open(path).ids == ["a\udcff.cif"]
+
+
 def test_an_empty_store_opens(path: Path) -> None:
     write_store(path, n=0)
     store = PatternStore.open(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import ase
 import numpy as np
@@ -18,6 +19,7 @@ from xrdfast.data.files import save_checked
 from xrdfast.data.structures import (
     FORMAT,
     PackedStructures,
+    check_packed,
     from_arrays,
     from_ase,
     from_pymatgen,
@@ -342,6 +344,16 @@ def test_concatenate_needs_parts():
         PackedStructures.concatenate([])
 
 
+def test_more_rotations_than_a_structure_has_are_refused(tmp_path):
+    """Their number goes into 16 bits of a multiplicity."""
+    source = Structure(Lattice.cubic(4.0), ["Fe"], [[0, 0, 0]])
+    packed = from_pymatgen([source], ids=["a"])
+    many = torch.eye(3, dtype=torch.int8).expand(193, 3, 3).contiguous()
+    hostile = dataclasses.replace(packed, rotations=many, rotation_offset=torch.tensor([0, 193]))
+    with pytest.raises(InputError, match="rotations: must be at most 192 a structure, got 193"):
+        check_packed(Path("a.safetensors"), hostile)
+
+
 def test_pymatgen_there_and_back():
     lattice = Lattice.from_parameters(4, 5, 6, 80, 95, 101)
     source = Structure(
@@ -353,10 +365,10 @@ def test_pymatgen_there_and_back():
     back = to_pymatgen(packed)
     np.testing.assert_allclose(back.lattice.matrix, source.lattice.matrix)
     np.testing.assert_allclose(back.frac_coords, source.frac_coords)
-    assert [
+    assert all(
         site.species.almost_equals(Composition(c))
         for site, c in zip(back, ["Fe", "Mg.25Ca.7", "H"], strict=True)
-    ]
+    )
     again = from_pymatgen([back])
     assert torch.equal(again.atomic_number, packed.atomic_number) and again.formula == packed.formula
 

@@ -296,6 +296,13 @@ def test_tensors_outside_the_rules(field: str, value: torch.Tensor, message: str
         simulate_lines(structures)
 
 
+def test_no_structure_has_more_rotations_than_a_space_group() -> None:
+    structures = salts()[:1]
+    rotations = torch.eye(3, dtype=torch.int8).expand(193, 3, 3).contiguous()
+    with pytest.raises(ValueError, match="rotations must be at most 192 a structure, got 193"):
+        torch.ops.xrdfast.simulate_families(*arguments(structures), torch.tensor([0, 193]), rotations, 1e-6)
+
+
 def test_opcheck() -> None:
     structures = random_structures(3, seed=9)
     torch.library.opcheck(torch.ops.xrdfast.simulate_lines.default, arguments(structures))

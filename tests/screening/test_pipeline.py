@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -230,6 +231,27 @@ def test_killed_at_random_it_goes_on(tmp_path):
         f"{i:04d}.xy" for i in range(12) if i != 5
     ]
     assert len((tmp_path / "out.errors.jsonl").read_text().splitlines()) == 1
+
+
+def test_failures_of_an_attempt_that_was_killed_are_forgotten(predictor, tmp_path, monkeypatch):
+    folder, output = write_folder(tmp_path / "scans", 1), tmp_path / "out.parquet"
+    late = folder / "late.xy"
+    late.write_text("nothing here yet\n")
+    screener = Screener(predictor)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(pipeline, "write_table", mock.Mock(side_effect=KeyboardInterrupt))
+        screener.screen([folder], output)
+    late.write_bytes((folder / "0000.xy").read_bytes())
+    assert screener.screen([folder], output) == (2, 0) == screener.totals(output)
+    assert not (tmp_path / "out.errors.jsonl").exists()
+
+
+def test_own_output_is_known_through_a_link(predictor, tmp_path):
+    folder, link = write_folder(tmp_path / "scans", 1), tmp_path / "link"
+    link.symlink_to(folder)
+    screener = Screener(predictor)
+    assert screener.screen([link], folder / "out.parquet") == (1, 0)
+    assert screener.screen([link], folder / "out.parquet") == (0, 0)
 
 
 @pytest.mark.parametrize("moment", ["replace", "write", "unlink"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import os
@@ -13,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.data import formats_written as written
 from tests.screening import scans_written
 from tests.screening.scans_written import TWO_THETA, counts, write_folder, write_npz, write_tar
 from xrdfast.bragg import Radiation
+from xrdfast.data.formats.bounded import content_size
 from xrdfast.data.scans import read, scan_of_points
 from xrdfast.errors import InputError
-from xrdfast.screening import sources
+from xrdfast.screening import preparation, sources
 from xrdfast.screening.packed import PackedScans, pack
 from xrdfast.screening.sources import Failure, Found, find_chunks, find_files, read_chunk
 
@@ -78,6 +81,46 @@ def test_damaged_packed_scans(tmp_path, cut):
     pack(path, [read(folder / "0000.xy")])
     path.write_bytes(path.read_bytes()[:cut])
     assert "must be" in only_failure(path)
+
+
+def test_chunks_end_where_there_is_enough_in_them(tmp_path, monkeypatch):
+    """By what files hold unpacked: a chunk is in memory at once."""
+    monkeypatch.setattr(sources, "_CHUNK_BYTES", 100_000)
+    text = (write_folder(tmp_path, 1) / "0000.xy").read_bytes()
+    packed = {"a.xy": text, "b.brml": written.archive({"a": "0" * 90_000}), "c.gz": gzip.compress(text)}
+    for name, data in packed.items():
+        (tmp_path / name).write_bytes(data)
+    sizes = {path.name: content_size(path) for path in tmp_path.iterdir()}
+    assert sizes["a.xy"] == len(text) and sizes["b.brml"] == 90_000
+    assert len(packed["c.gz"]) < len(text) <= sizes["c.gz"]
+    assert content_size(tmp_path / "none") == content_size(tmp_path) == 0
+    names = [str(tmp_path / name) for name in ("0000.xy", "a.xy", "b.brml", "none", "0000.xy")]
+    chunks = [[Path(path).name for path in chunk.paths] for chunk in find_chunks(names)]
+    assert [name for part in chunks for name in part] == ["0000.xy", "a.xy", "b.brml", "none", "0000.xy"]
+    assert len(chunks) > 1
+    for part in chunks:
+        assert len(part) == 1 or sum(sizes.get(name, 0) for name in part) <= 100_000
+
+
+def test_points_of_a_chunk_are_bounded(tmp_path, monkeypatch):
+    """Whatever files say about their sizes; those beyond are failures that say what to do."""
+    folder = write_folder(tmp_path, 3)
+    n_points = len(read(folder / "0000.xy").two_theta)
+    monkeypatch.setattr(preparation, "_MAX_POINTS", 2 * n_points)
+    (chunk,) = find_chunks(find_files([folder]))
+    first, second, third = preparation.prepare_chunk(chunk, None, True)
+    assert isinstance(first, preparation.Prepared) and isinstance(second, preparation.Prepared)
+    assert isinstance(third, Failure) and "in files read together, got more; screen it alone" in third.reason
+
+
+def test_intensities_beyond_single_precision(tmp_path):
+    whole = read(write_folder(tmp_path, 1) / "0000.xy")
+    usual = preparation.prepare_scan(whole, True)
+    for factor in (1e-290, 1e290):
+        scan = dataclasses.replace(whole, intensity=whole.intensity * factor)
+        prepared = preparation.prepare_scan(scan, True)
+        assert prepared.thumbnail == usual.thumbnail and prepared.notes == usual.notes
+        assert prepared.intensity.max() == 1.0
 
 
 def test_find_files(tmp_path, monkeypatch):
@@ -190,6 +233,11 @@ def packed_of_no_wavelength(path: Path) -> None:
     changed(path, np.float64(0.7123).tobytes(), np.float64(np.nan).tobytes())
 
 
+def packed_of_a_long_name(path: Path) -> None:
+    """Names as long as the file says: gigabytes of them take next to nothing on disk."""
+    pack(path, [scan_of_points(TWO_THETA, counts(0), path="a" * 70_000, stated=Radiation(0.7123))])
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
@@ -210,8 +258,9 @@ def packed_of_no_wavelength(path: Path) -> None:
         ),
         ("a.h5", hdf5_of_a_damaged_axis, "reader: must read the file, got OSError"),
         ("a.scans.safetensors", packed_of_no_wavelength, "wavelength: must be finite"),
+        ("a.scans.safetensors", packed_of_a_long_name, "names: must be at most 65536 bytes each, got 70000"),
     ],
-    ids=["axis.npz", "header.npz", "shape.npz", "axis.h5", "packed"],
+    ids=["axis.npz", "header.npz", "shape.npz", "axis.h5", "packed", "long name"],
 )
 def test_a_damaged_container_is_one_failure(tmp_path, name, damage, message):
     if name.endswith(".h5"):

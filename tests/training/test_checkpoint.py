@@ -67,6 +67,15 @@ def test_a_state_comes_back(tmp_path: Path) -> None:
             {
                 "format": "xrdfast-model",
                 "version": "1",
+                "card": '{"preset": "tiny", "wavelength": 1.5, "grid": {}, "config": {"data": []}}',
+            },
+            "card: must describe the model, got something else than a table",
+        ),
+        (
+            {},
+            {
+                "format": "xrdfast-model",
+                "version": "1",
                 "card": '{"preset": "huge", "wavelength": 1.5, "grid": {}}',
             },
             "preset: must be one of .*, got huge",
@@ -110,6 +119,7 @@ def test_a_published_model_is_half_as_long_and_names_no_folder(tmp_path: Path) -
     model = build_model("tiny")
     config = {
         "model": {"preset": "tiny", "weights": "/a/private/place/run"},
+        "distillation": {"teacher": "/a/private/place/teacher"},
         "data": {"stores": ["/a/private/place/x.store.safetensors"]},
     }
     save_model(tmp_path / MODEL_FILE, model, dataclasses.replace(CARD, config=config))
@@ -117,6 +127,7 @@ def test_a_published_model_is_half_as_long_and_names_no_folder(tmp_path: Path) -
     card = load_model_card(tmp_path / "public.safetensors")
     assert card.config == {
         "model": {"preset": "tiny", "weights": "run"},
+        "distillation": {"teacher": "teacher"},
         "data": {"stores": ["x.store.safetensors"]},
     }
     assert card.calibration == CARD.calibration

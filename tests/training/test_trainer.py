@@ -317,6 +317,13 @@ def test_weights_that_do_not_fit_are_refused(cubic_store: Path, tmp_path: Path) 
     )
     with pytest.raises(InputError, match=r"folds_validation: must be this run's \[1\], got \[0\]"):
         Trainer(folds, tmp_path / "second")
+    other = tmp_path / "other.store.safetensors"
+    other.write_bytes(cubic_store.read_bytes())
+    strange = replace(tiny_config(other), model=PresetConfig("tiny", first))
+    with pytest.warns(
+        UserWarning, match="was not trained on other.store.safetensors, whose folds may be others"
+    ):
+        Trainer(strange, tmp_path / "strange")
     nowhere = replace(tiny_config(cubic_store), model=PresetConfig("tiny", "nowhere/run"))
     with pytest.raises(InputError, match="nowhere/run: file: must be readable"):
         Trainer(nowhere, tmp_path / "second")

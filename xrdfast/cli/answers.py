@@ -400,7 +400,9 @@ def pack(paths: tuple[Path, ...], output: Path, wavelength: float | None) -> Non
 
     def scans() -> Iterable[Any]:
         nonlocal failed
-        for chunk in find_chunks(find_files(paths, lambda path: path == os.path.abspath(output))):
+        for chunk in find_chunks(
+            find_files(paths, lambda path: os.path.realpath(path) == os.path.realpath(output))
+        ):
             for found in read_chunk(chunk, given):
                 if isinstance(found, Failure):
                     failed += 1

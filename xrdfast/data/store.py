@@ -188,9 +188,7 @@ class StoreWriter:
         small = {name: np.concatenate([_empty(name), *pieces]) for name, pieces in self._small.items()}
         small["family_offset"] = _offsets(self._family_counts)
         small["rotation_offset"] = _offsets(self._rotation_counts)
-        small["strings"] = np.frombuffer(
-            json.dumps(self._strings, ensure_ascii=False).encode(), dtype=np.uint8
-        )
+        small["strings"] = np.frombuffer(json.dumps(self._strings).encode(), dtype=np.uint8)
         n_families = int(small["family_offset"][-1])
         crc, header, position = {}, {}, 0
         for name, (dtype, tail) in _LAYOUT.items():

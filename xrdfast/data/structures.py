@@ -23,6 +23,7 @@ from xrdfast.data.files import load_checked, save_checked
 from xrdfast.data.labels import Cell, find_symmetries
 from xrdfast.errors import InputError
 from xrdfast.scattering import N_ELEMENTS, element_symbols
+from xrdfast.symmetry import MAX_ROTATIONS
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -504,6 +505,8 @@ def check_packed(path: Path, structures: PackedStructures) -> None:
     if structures.rotations.shape[1:] != (3, 3) or structures.rotations.dtype != torch.int8:
         got = f"{tuple(structures.rotations.shape)} {structures.rotations.dtype}"
         raise InputError(f"{path}: rotations: must be (rows, 3, 3) int8, got {got}")
+    if n and (most := int(structures.rotation_offset.diff().max())) > MAX_ROTATIONS:
+        raise InputError(f"{path}: rotations: must be at most {MAX_ROTATIONS} a structure, got {most}")
     for name in _STRINGS:
         if len(getattr(structures, name)) != n:
             raise InputError(f"{path}: {name}: must be {n} texts, got {len(getattr(structures, name))}")

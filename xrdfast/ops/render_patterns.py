@@ -28,13 +28,13 @@ from xrdfast.ops.line_profile import (
 from xrdfast.ops.preprocess import PATCH_POINTS, active_patches, local_noise_reference
 from xrdfast.ops.random import noise_words, poisson
 from xrdfast.ops.render import check_families, check_offsets, check_tensors
+from xrdfast.symmetry import MAX_ROTATIONS
 
 if TYPE_CHECKING:
     from xrdfast.bragg import Grid
 
 MAX_IMPURITIES = 16
 MAX_COUNTS = 1e6  # single precision still tells neighbouring counts apart
-MAX_ROTATIONS = 192  # of a pattern
 LINE_WORDS = 11  # of four bytes, a line in csrc/line_profile.h
 _COUNTS = -1.0  # clip_sigma of counts as measured
 _SMALLEST, _LARGEST = sys.float_info.min, sys.float_info.max  # "> 0" and "finite" as bounds

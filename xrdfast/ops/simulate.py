@@ -26,6 +26,7 @@ from xrdfast.ops.reflections import (
     name_families_reference,
     reflections_reference,
 )
+from xrdfast.symmetry import MAX_ROTATIONS
 
 if TYPE_CHECKING:
     from xrdfast.data.structures import PackedStructures
@@ -324,6 +325,8 @@ def _families_checked(arguments: tuple) -> None:
     if not rotations.device == rotation_offset.device == lattice.device:
         raise ValueError(f"{op}: rotations must be on {lattice.device}, got {rotations.device}")
     _offsets_checked(op, "rotation_offset", rotation_offset, len(rotations))
+    if len(rotations) > MAX_ROTATIONS and (most := int(rotation_offset.diff().max())) > MAX_ROTATIONS:
+        raise ValueError(f"{op}: rotations must be at most {MAX_ROTATIONS} a structure, got {most}")
 
 
 def _addresses(*arguments) -> tuple[list[Tensor], tuple[float, ...]]:

@@ -31,6 +31,7 @@ SUFFIX = ".scans.safetensors"
 _VERSION = "1"
 _MAX_HEADER = 1 << 20
 _COPY_BYTES = 1 << 22
+_MAX_NAME = 1 << 16  # bytes: a path of 4,096 as it may be written
 _EVEN = 1e-6  # degrees: steps that differ by less are equal
 # Dtype and index of the length in the header; wide ones first keep all of them aligned.
 _LAYOUT = {
@@ -217,6 +218,8 @@ class PackedScans:
             offset = small[name]
             if offset[0] != 0 or offset[-1] != self._tensors[target][1] or (np.diff(offset) < 0).any():
                 raise self._refusal(f"{name}: must rise from 0 to the length of {target}", "other values")
+        if n_scans and (longest := int(np.diff(small["name_offset"]).max())) > _MAX_NAME:
+            raise self._refusal(f"names: must be at most {_MAX_NAME} bytes each", longest)
         wavelength = small["wavelength"]
         if not ((wavelength >= 0.0) & (wavelength < np.inf)).all():
             raise self._refusal("wavelength: must be finite and >= 0 Angstrom", "other values")

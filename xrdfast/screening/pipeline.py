@@ -164,7 +164,7 @@ class Screener:
         """
         output = Path(output)
         manifest = Manifest(output, self.digest())
-        own = {os.path.abspath(path) for path in (output, manifest.parts, errors_path(output))}
+        own = {os.path.realpath(path) for path in (output, manifest.parts, errors_path(output))}
         settled = _settled() if watch is not None else lambda path: True
         answered = failed = known = 0
 
@@ -199,7 +199,7 @@ class Screener:
 
         while True:
             work(list(manifest.chunks()))
-            files = filter(settled, find_files(paths, lambda path: path in own))
+            files = filter(settled, find_files(paths, lambda path: os.path.realpath(path) in own))
             with contextlib.closing(manifest.extend(files)) as found:
                 if n_ranks == 1:
                     work(found)
@@ -441,6 +441,8 @@ def write_part(
     part = manifest.part(number, chunk)
     if failures:
         write_failures(part_errors(part), ((number, failure) for failure in failures))
+    else:  # those of an attempt that was killed before its part was there
+        part_errors(part).unlink(missing_ok=True)
     write_table(part, rows)
 
 

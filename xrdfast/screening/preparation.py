@@ -14,7 +14,11 @@ from xrdfast.data.scans import Scan
 from xrdfast.screening.sources import Chunk, Failure, Found, read_chunk
 
 THUMBNAIL_BINS = 200
+_MAX_POINTS = 1 << 26  # of a chunk; one of a container has no more
 _NOISY = 20.0  # strongest point over the median, in deviations of the noise: weak lines are lost below
+_LEAST = (
+    1e-30  # of a highest intensity, and its inverse the most, that float32 holds with all that it is taken to
+)
 _FEW_PEAKS = 4  # fewer peaks than this in a scan fix no cell but a cubic one
 _SECOND_DIFFERENCE = (
     0.6744897501960817 * 6.0**0.5
@@ -66,9 +70,17 @@ def prepare_chunk(chunk: Chunk, given: Radiation | None, whole: bool) -> list[Pr
     """
     prepared: list[Prepared | Failure] = []
     axis: Axis | None = None
+    n_points = 0
     for one in read_chunk(chunk, given):
         if isinstance(one, Failure):
             prepared.append(one)
+            continue
+        n_points += len(one.scan.two_theta)
+        if n_points > _MAX_POINTS:  # files that hold far more than their sizes told
+            reason = (
+                f"points: must be at most {_MAX_POINTS} in files read together, got more; screen it alone"
+            )
+            prepared.append(Failure(one.scan_id, one.file, one.member, one.index, reason))
             continue
         if axis is None or axis.two_theta is not one.scan.two_theta:  # many scans share one array
             axis = Axis(one.scan.two_theta)
@@ -108,6 +120,9 @@ def prepare(found: Found, axis: Axis, whole: bool) -> Prepared | Failure:
     kind = axis.kind
     two_theta, notes = scan.two_theta, list(scan.notes)
     intensity: NDArray[np.floating] = scan.intensity
+    highest = float(intensity.max())
+    if not _LEAST < highest < 1.0 / _LEAST:
+        intensity = intensity / highest
     counts = intensity.astype(np.float32)
     if kind == "scan":
         notes += _quality(counts)

@@ -49,9 +49,9 @@ def screen_with_ray(
     output = Path(os.path.abspath(output))
     run = screener.digest()
     manifest = Manifest(output, run)
-    own = {str(output), str(manifest.parts), str(errors_path(output))}
+    own = {os.path.realpath(path) for path in (output, manifest.parts, errors_path(output))}
     everything = [*manifest.chunks()]
-    everything += manifest.extend(find_files(paths, lambda path: path in own))
+    everything += manifest.extend(find_files(paths, lambda path: os.path.realpath(path) in own))
     kept = manifest.n_kept
     todo = [
         {"number": number, "chunk": chunk}

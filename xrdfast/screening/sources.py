@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from xrdfast.bragg import Radiation
-from xrdfast.data.formats.bounded import MAX_BYTES, read_bytes
+from xrdfast.data.formats.bounded import MAX_BYTES, content_size, read_bytes
 from xrdfast.data.formats.measured import one_line
 from xrdfast.data.scans import Scan, scans_of_content
 from xrdfast.errors import InputError, shown_path
@@ -37,6 +37,7 @@ from xrdfast.screening.packed import SUFFIX, PackedScans
 from xrdfast.screening.stacks import Hdf5Stack, NpzStack
 
 CHUNK_FILES = 128
+_CHUNK_BYTES = MAX_BYTES  # of content: all scans of a chunk are in memory at once
 CHUNK_SCANS = 256  # of a container; a chunk is what a killed run does again
 _MAX_SKIPPED = (
     1 << 30
@@ -196,15 +197,18 @@ def find_files(
 
 
 def find_chunks(files: Iterable[str]) -> Iterator[Chunk]:
-    """Chunks of files, in their order but that plain files wait until there are enough for a chunk."""
+    """Chunks of files, in their order but that plain files wait until there is enough in them for a chunk."""
     waiting: list[str] = []
+    n_bytes = 0
     for path in files:
         kind = _kind_of(path)
         if kind is None:
-            waiting.append(path)
-            if len(waiting) == CHUNK_FILES:
+            size = content_size(Path(path))
+            if waiting and (len(waiting) == CHUNK_FILES or n_bytes + size > _CHUNK_BYTES):
                 yield Chunk("files", tuple(waiting))
-                waiting = []
+                waiting, n_bytes = [], 0
+            waiting.append(path)
+            n_bytes += size
             continue
         n_scans = _count(kind, path)
         for begin in range(0, max(n_scans, 1), CHUNK_SCANS):

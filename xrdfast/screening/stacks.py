@@ -122,7 +122,8 @@ class Hdf5Stack(_Stack):
         import h5py
 
         try:
-            self._file = h5py.File(self.path, "r", locking=False)
+            # A cache that holds any chunk: chunks across many scans would be unpacked again for each of them.
+            self._file = h5py.File(self.path, "r", locking=False, rdcc_nbytes=MAX_BYTES)
             self._data: dict[str, h5py.Dataset] = {}
             for name in _NAMES:
                 if isinstance(self._file.get(name, getlink=True), h5py.HardLink):

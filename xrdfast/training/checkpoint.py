@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,8 +73,9 @@ def publish_model(source: str | Path, path: str | Path) -> None:
     config = dict(card.config)
     if "data" in config:
         config["data"] = config["data"] | {"stores": [Path(name).name for name in config["data"]["stores"]]}
-    if "model" in config:
-        config["model"] = config["model"] | {"weights": Path(config["model"].get("weights", "")).name}
+    for table, key in (("model", "weights"), ("distillation", "teacher")):
+        if table in config:
+            config[table] = config[table] | {key: Path(config[table].get(key, "")).name}
     save_model(path, model, dataclasses.replace(card, config=config))
 
 
@@ -105,21 +107,35 @@ def load_model_card(path: str | Path) -> ModelCard:
     return _card(path, metadata)
 
 
-def check_folds(path: str | Path, folds_validation: Collection[int], whose: str) -> None:
-    """Sees that a model was not trained on the patterns that are to judge another.
+def check_folds(
+    path: str | Path, folds_validation: Collection[int], stores: Collection[str], whose: str
+) -> None:
+    """Sees that a model was not trained on the patterns that are to judge another, as far as files tell.
+
+    Warns where the other has stores that the model did not: a formula may lie in another fold of those.
 
     Args:
         path: run folder or model file; one that does not state its folds passes.
-        folds_validation: of the other.
+        folds_validation, stores: of the other.
         whose: names the other in the message: "the student's".
 
     Raises:
         InputError: for other validation folds, or as `load_model_card`.
     """
-    folds = load_model_card(path).config.get("data", {}).get("folds_validation")
-    if folds is not None and set(folds) != set(folds_validation):
+    data = load_model_card(path).config.get("data", {})
+    folds = data.get("folds_validation")
+    if folds is None:
+        return
+    if not isinstance(folds, list) or set(folds) != set(folds_validation):
         raise InputError(
-            f"{path}: data.folds_validation: must be {whose} {sorted(folds_validation)}, got {sorted(folds)}"
+            f"{path}: data.folds_validation: must be {whose} {sorted(folds_validation)}, got {folds}"
+        )
+    known = {Path(str(store)).name for store in data.get("stores", ())}
+    if unknown := sorted({Path(store).name for store in stores} - known):
+        warnings.warn(
+            f"{path}: was not trained on {unknown[0]}, whose folds may be others: it may know {whose} validation "
+            "patterns, and then metrics and calibration flatter",
+            stacklevel=2,
         )
 
 
@@ -181,8 +197,12 @@ def _read(path: Path, format_name: str, *, tensors: bool = True) -> tuple[dict[s
 
 def _card(path: Path, metadata: Mapping[str, str]) -> ModelCard:
     try:
-        return ModelCard(**json.loads(metadata["card"]))
-    except (KeyError, TypeError, ValueError) as error:
+        card = ModelCard(**json.loads(metadata["card"]))
+        tables = [card.grid, card.calibration, card.metrics, card.config, *card.config.values()]
+        if not all(isinstance(table, dict) for table in tables):
+            raise TypeError("something else than a table")
+        return card
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: card: must describe the model, got {error}") from error
 
 

@@ -162,19 +162,23 @@ class Distiller:
 
 
 def check_teacher(
-    path: str, folds_validation: Sequence[int], student: AugmentConfig, wavelength: float
+    path: str,
+    folds_validation: Sequence[int],
+    student: AugmentConfig,
+    wavelength: float,
+    stores: Sequence[str] = (),
 ) -> None:
     """Sees that a teacher knows the patterns of its student, and not those that judge the student.
 
     Args:
         path: run folder, model file or name of weights that ship.
-        folds_validation, student, wavelength: of the student's run; `student` is its augmentation.
+        folds_validation, student, wavelength, stores: of the student's run; `student` is its augmentation.
 
     Raises:
         InputError: for other validation folds, another profile, preparation, width of smoothing or wavelength; what
             the file does not state, passes.
     """
-    checkpoint.check_folds(model_path(path), folds_validation, "the student's")
+    checkpoint.check_folds(model_path(path), folds_validation, stores, "the student's")
     card = checkpoint.load_model_card(model_path(path))
     augment = card.config.get("augment", {})
     of_student = dataclasses.asdict(student)

@@ -118,9 +118,13 @@ class Trainer:
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
         distills = config.distillation.active
         if config.distillation.teacher:
-            folds = config.data.folds_validation
-            wavelength = self.store.simulation.wavelength
-            check_teacher(config.distillation.teacher, folds, config.augment, wavelength)
+            check_teacher(
+                config.distillation.teacher,
+                config.data.folds_validation,
+                config.augment,
+                self.store.simulation.wavelength,
+                config.data.stores,
+            )
         self.distiller = Distiller(config.distillation, self.model) if distills else None
         self._named_parameters = list(self.model.named_parameters())
         if self.distiller is not None:
@@ -417,13 +421,14 @@ class Trainer:
                 ) from error
 
     def _take_weights(self, source: Path) -> None:
-        """Starts from the weights of a model of this preset, which must not have seen what validates this run."""
+        """Starts from the weights of a model of this preset and these validation folds."""
         preset = checkpoint.load_model_card(source).preset
         if preset != self.config.model.preset:
             raise InputError(
                 f"{source}: preset: must be {self.config.model.preset} to start from, got {preset}"
             )
-        checkpoint.check_folds(source, self.config.data.folds_validation, "this run's")
+        data = self.config.data
+        checkpoint.check_folds(source, data.folds_validation, data.stores, "this run's")
         weights = checkpoint.load_model(source, self.device).state_dict()
         for model in (self.model, self.averaged):
             model.load_state_dict(weights)

@@ -23,6 +23,7 @@ from xrdfast.errors import InputError
 
 RAW_MAGICS = (b"RAW ", b"RAW2", b"RAW1.01", b"RAW4.00")
 _MAX_UXD = 16 << 20  # bytes: as a list of lines it takes ten times that
+_MAX_UXD_KEYS = 250  # of a header, which every range keeps
 _UXD_MARKERS = (b"_COUNTS", b"_CPS", b"_2THETACOUNTS", b"_2THETACPS")
 _BRML_MEMBER = re.compile(r"(?:[\w. -]{1,100}/)?(?:DataContainer|RawData\d+)\.xml")
 _BRML_LINES = frozenset(("WaveLengthAlpha1", "WaveLengthAlpha2", "WaveLengthRatio"))
@@ -161,11 +162,9 @@ def read_uxd(data: bytes) -> list[Measured]:
             unit = {b"NM": 10.0, b"PM": 0.01}.get(stated.get(b"WL_UNIT", b"A").upper(), 1.0)
             ratio = lines[2] if lines[2] == lines[2] else 0.5
             radiation = stated_radiation(unit * lines[0], unit * lines[1], ratio)
-            text = (
-                b"".join(b"_%s=%s\n" % item for item in header_of_block.items()) + b"\n".join(block) + b"\n"
-            )
             title = one_line(stated.get(b"SAMPLE", b""))
-            scans.append(Measured(title, radiation, functools.partial(read_points, text, ".uxd")))
+            read = functools.partial(_read_uxd, header_of_block, b"\n".join(block))
+            scans.append(Measured(title, radiation, read))
             _limit(scans)
 
     header_of_block: dict[bytes, bytes] = {}
@@ -175,15 +174,17 @@ def read_uxd(data: bytes) -> list[Measured]:
             continue
         key, equals, value = line[1:].partition(b"=")
         if line.startswith(b"_") and equals:
+            if header is header_of_block:  # of a range that keeps what it was told
+                header = dict(header)
             header[key.strip().upper()[:100]] = value.strip()[:1000]
-            if len(header) > 1000:
-                raise InputError("header: must have at most 1000 keys, got more")
+            if len(header) > _MAX_UXD_KEYS:
+                raise InputError(f"header: must have at most {_MAX_UXD_KEYS} keys, got more")
         elif line.startswith(b"_"):
             finish()
             if line not in _UXD_MARKERS:
                 expected = ", ".join(marker.decode() for marker in _UXD_MARKERS)
                 raise InputError(f"data: must be one of {expected}, got {one_line(line)}")
-            block, header_of_block = [line], dict(header)
+            block, header_of_block = [line], header
         elif block:
             block.append(line)
     finish()
@@ -192,17 +193,21 @@ def read_uxd(data: bytes) -> list[Measured]:
     return scans
 
 
+def _read_uxd(header: dict[bytes, bytes], block: bytes) -> Points:
+    return read_points(b"".join(b"_%s=%s\n" % item for item in header.items()) + block + b"\n", ".uxd")
+
+
 def read_brml(data: bytes) -> list[Measured]:
     """Scans in the order of the first data container."""
     members = unzip(data, lambda name: bool(_BRML_MEMBER.fullmatch(name)))
     containers = [name for name in members if name.endswith("DataContainer.xml")]
     if len(containers) != 1:
         raise InputError(f"experiments: must be one, got {len(containers)}; export each as .xy or .uxd")
-    names = [
-        element.text
-        for element in xml_elements(as_utf8(members[containers[0]]), frozenset(("string",)))
-        if "RawDataReferenceList/" in element.path and element.text in members
-    ]
+    strings = xml_elements(as_utf8(members[containers[0]]), frozenset(("string",)))
+    listed = (element.text for element in strings if "RawDataReferenceList/" in element.path)
+    names = list(
+        dict.fromkeys(name for name in listed if name in members)
+    )  # each once, however often it is listed
     if not 0 < len(names) <= MAX_SCANS:
         raise InputError(f"scans: must be 1..{MAX_SCANS}, got a BRML archive with {len(names)}")
     scans = []

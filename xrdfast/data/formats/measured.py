@@ -109,7 +109,7 @@ def splits_doublet(monochromator: str) -> bool:
         >>> splits_doublet("Hybrid monochr. 2xGe(220) Cu asym."), splits_doublet("flat graphite")
         (True, False)
     """
-    return bool(_SPLITTING_CRYSTAL.search(monochromator))
+    return bool(_SPLITTING_CRYSTAL.search(one_line(monochromator)))
 
 
 def radiation_in_text(text: str) -> Radiation | None:

@@ -47,10 +47,12 @@ def read_pdcif(data: bytes) -> list[Measured]:
     if len(data) > _MAX_BYTES:
         raise InputError(f"size: must be at most {_MAX_BYTES} bytes for a CIF, got {len(data)}")
     blocks = parse_blocks(data)
+    stated = [_radiation(block) for block in blocks]
+    of_file = next((radiation for radiation in stated if radiation), None)
     scans = []
-    for block in blocks:
+    for block, own in zip(blocks, stated, strict=True):
         if any(column_of(block, tag) for tag in _INTENSITIES) or any(column_of(block, tag) for tag in _TIMES):
-            radiation = _radiation(block) or next((r for b in blocks if (r := _radiation(b))), None)
+            radiation = own or of_file
             title = one_line(text_of(block, "_chemical_name_common", "_chemical_name_mineral") or block.name)
             scans.append(Measured(title, radiation, functools.partial(_read_profile, block)))
     if not scans:

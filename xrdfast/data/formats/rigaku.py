@@ -64,7 +64,7 @@ def read_rasx(data: bytes) -> list[Measured]:
     for group, names in groups.items():
         profile = next((name for name in names if name.lower().endswith(".txt")), "")
         conditions = next(
-            (name for name in names if re.search(r"conditions.*\.xml$", name, re.IGNORECASE)), ""
+            (name for name in names if "conditions" in name.lower() and name.lower().endswith(".xml")), ""
         )
         if f"{group}/{profile}" not in members:
             continue
