@@ -167,6 +167,17 @@ def test_files_of_one_name_in_two_folders(tmp_path):
     assert "salt.cif: " in message and out.read_bytes() == whole
 
 
+def test_files_whose_names_are_no_text(tmp_path):
+    (tmp_path / "cifs").mkdir()
+    (tmp_path / "cifs" / "a\udcff.cif").write_text(SALT.format(number=225))
+    (tmp_path / "cifs" / "b\udcff.cif").write_text("data_x\n_cell_length_a 3\n")
+    out = tmp_path / "x.store.safetensors"
+    succeed("simulate", tmp_path / "cifs", "-o", out, "--workers", 1)
+    assert PatternStore.open(out).ids == ["a\\udcff.cif"]
+    (row,) = map(json.loads, (tmp_path / "x.rejected.jsonl").read_text().splitlines())
+    assert row["id"] == "b\\udcff.cif"
+
+
 def test_generate_and_move_sites(tmp_path):
     out = tmp_path / "synthetic.safetensors"
     text = succeed("generate", "--groups", "2,4-5", "--count", 2, "-o", out)

@@ -278,7 +278,7 @@ def _report_simulation(store: Path, rejected: list[Rejected]) -> None:
 def _write_list(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     from xrdfast.data.files import write_atomically
 
-    text = "".join(json.dumps(row) + "\n" for row in rows)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if not text:
         path.unlink(missing_ok=True)  # of an earlier run
         return

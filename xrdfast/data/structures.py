@@ -21,7 +21,7 @@ from torch import Tensor
 
 from xrdfast.data.files import load_checked, save_checked
 from xrdfast.data.labels import Cell, find_symmetries
-from xrdfast.errors import InputError
+from xrdfast.errors import InputError, shown_path
 from xrdfast.scattering import N_ELEMENTS, element_symbols
 from xrdfast.symmetry import MAX_ROTATIONS
 
@@ -466,14 +466,14 @@ def _structure_files(paths: Iterable[str | Path]) -> Iterator[tuple[Path, str]]:
             found = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".cif", ".npz") and p.is_file())
             if not found:
                 raise InputError(f"{path}: folder: must hold .cif or packed .npz files, got none")
-            yield from ((file, file.relative_to(path).as_posix()) for file in found)
+            yield from ((file, shown_path(file.relative_to(path).as_posix())) for file in found)
         elif not path.exists():
             raise InputError(f"{path}: file: must exist, got none")
         elif path.suffix.lower() not in (".cif", ".npz", ".safetensors"):
             got = path.suffix or "no suffix"
             raise InputError(f"{path}: type: must be .cif, .npz or .safetensors, got {got}")
         else:
-            yield path, path.name
+            yield path, shown_path(path.name)
 
 
 def check_packed(path: Path, structures: PackedStructures) -> None:
