@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from xrdfast.data.store import PatternStore
 from xrdfast.data.structures import PackedStructures
 from xrdfast.models import PRESETS, build_model
 from xrdfast.training.checkpoint import ModelCard, load_model_card, save_model
+from xrdfast.training.trainer import RunResult, Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 SALT = """data_salt
@@ -221,7 +223,7 @@ def test_simulate_lines(tmp_path):
     assert table[:, 0].max() < 60.0 and table[:, 2].max() == 100.0
 
 
-def test_train_evaluate_predict(tmp_path, tiny_presets):
+def test_train_evaluate_predict(tmp_path, monkeypatch, tiny_presets):
     store, run_folder = tmp_path / "cubic.store.safetensors", tmp_path / "run"
     write_cubic_store(store, 240)
     config = tmp_path / "run.toml"
@@ -231,6 +233,13 @@ def test_train_evaluate_predict(tmp_path, tiny_presets):
     card = load_model_card(run_folder)
     assert card.config["train"]["epochs"] == 20 and card.config["train"]["seed"] == 3
     assert (run_folder / "config.toml").exists()
+    odd = tmp_path / "r 2"
+    setting = f'data.stores=["{store}"]'
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "run", lambda self: RunResult("interrupted", 3, {}))
+        told = run("train", config, "-o", odd, "--set", setting).stderr
+    words = shlex.split(told[told.index("xrdfast train") :])
+    assert words == ["xrdfast", "train", str(config), "-o", str(odd), "--set", setting, "--resume"]
     text = succeed("evaluate", run_folder, store, "--folds", "0", "--json", tmp_path / "metrics.json")
     assert "joint posterior" in text and "majority class" in text
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -511,6 +520,43 @@ def test_module_entry_point(tmp_path):
     assert done.stderr == f"xrdfast: error: {tmp_path / 'none.cif'}: file: must exist, got none\n"
 
 
+def test_no_output_takes_the_place_of_an_input(tmp_path, model):
+    cif, store = tmp_path / "salt.cif", tmp_path / "salt.store.safetensors"
+    cif.write_text(SALT.format(number=225))
+    succeed("simulate", cif, "-o", store, "--workers", 1)
+    crystals = tmp_path / "crystals.safetensors"
+    succeed("generate", "--groups", 225, "--count", 1, "-o", crystals)
+    for path, words in (
+        (cif, ("simulate", cif, "--lines", "-o", cif)),
+        (store, ("evaluate", model, store, "--json", store)),
+        (crystals, ("generate", crystals, "--groups", 1, "--count", 1, "-o", crystals)),
+        (model, ("export", model, "-o", model)),
+    ):
+        before = path.read_bytes()
+        assert refuse(*words) == f"{path}: output: must not be an input, got the same file"
+        assert path.read_bytes() == before
+
+
+def test_weights_that_ship_are_exported_by_name(tmp_path):
+    assert "float16" in succeed("export", "lab-small", "-o", tmp_path / "weights.safetensors")
+
+
+def test_angles_are_those_of_the_file(tmp_path):
+    """Of another radiation, too: the model's axis is nobody's business."""
+    x = np.arange(3.0, 40.0, 0.01)
+    y = 50.0 + sum(h * np.exp(-(((x - at) / 0.03) ** 2)) for at, h in ((10.0, 3000.0), (14.2, 900.0)))
+    path = tmp_path / "b\udcff.xy"
+    path.write_text("".join(f"{a:.2f} {b:.1f}\n" for a, b in zip(x, y, strict=True)))
+    words = ("predict", path, "--model", "lab-small", "--wavelength", "0.7")
+    plot = tmp_path / "a.png"
+    answer = json.loads(succeed(*words, "--top", 230, "--json", "--plot", plot))
+    found = sorted(peak["two_theta"] for peak in answer["rests_on"])
+    assert found == pytest.approx([10.0, 14.2], abs=0.01)
+    assert any(note.startswith("mapped from 0.70000 to 1.54") for note in answer["notes"])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert succeed(*words).splitlines()[0].endswith("b\\udcff.xy")
+
+
 def test_structure_round_trip(tmp_path, model):
     sites = [[1 / 3, 2 / 3, 0.25]]
     structure = Structure.from_spacegroup("P6_3/mmc", Lattice.hexagonal(3.2, 5.2), ["Mg"], sites)
@@ -525,5 +571,7 @@ def test_structure_round_trip(tmp_path, model):
     several = tmp_path / "several.uxd"
     several.write_bytes(uxd("_2THETACOUNTS") * 2)
     assert "a file of 2: 0 (a sample, 12 points" in refuse("predict", several, "--model", model)
-    answer = json.loads(succeed("predict", several, "--model", model, "--json", "--scan", 1))
+    answer = json.loads(
+        succeed("predict", several, "--model", model, "--json", "--scan", 1, "--kind", "sticks")
+    )
     assert answer["kind"] == "sticks" and answer["wavelength_source"] == "file"

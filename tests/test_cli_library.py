@@ -59,8 +59,9 @@ def test_match_names_the_structure(folder: Path) -> None:
     assert found["nearest"][0]["formula"] == "Na1Cl1"
     assert found["nearest"][0]["score"] > 0.9
     assert found["candidates"][0]["space_group_number"] == 225
+    assert (found["wavelength_source"], found["notes"]) == ("assumed", [])
     text = run("match", folder / "salt.xy", folder / "known.safetensors").stdout
-    assert "Na1Cl1" in text
+    assert "Na1Cl1" in text and "Å (assumed)" in text
     assert "by 3 known structures: Fm-3m" in text
 
 

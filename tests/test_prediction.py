@@ -141,11 +141,11 @@ def test_the_file_states_the_wavelength(tmp_path, predictor):
     path.write_bytes(raw3_of(x, y, 1))
     answer = predictor.predict_file(path, wavelength=0.7)
     assert answer.wavelength_source == "file" and answer.kind == "scan"
-    assert answer.wavelength == radiations()["CuKa1"]
+    assert answer.wavelength == 1.5406  # as it is there, not as tables have it
     assert "the wavelength given, 0.7, is not the file's, 1.5406, which was kept" in answer.notes
     assert any("K-alpha 2 satellites" in note for note in answer.notes)
     expected = predictor.predict_scan(x, y.astype(np.float32), wavelength="CuKa")
-    np.testing.assert_array_equal(answer.pattern.two_theta, expected.pattern.two_theta)
+    np.testing.assert_allclose(answer.pattern.two_theta, expected.pattern.two_theta, rtol=0, atol=3e-3)
     path.write_bytes(raw3_of(x, y, 2))
     with pytest.raises(InputError, match=r"scan: must be chosen in a file of 2: 0 \("):
         predictor.predict_file(path)

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from xrdfast.bragg import (
     KA1_WAVELENGTH,
@@ -29,12 +28,12 @@ from xrdfast.bragg import (
     wavelength_of,
 )
 from xrdfast.data.generate import AugmentConfig, PatternSource
-from xrdfast.data.peaks import find_peaks, is_scan, second_satellites
+from xrdfast.data.peaks import find_peaks, second_satellites
 from xrdfast.data.profiles import PROFILES
 from xrdfast.data.scans import read
 from xrdfast.data.store import PatternStore
 from xrdfast.data.structures import PackedStructures, analyse_symmetry, load_structures
-from xrdfast.data.whole_scans import preprocess_whole_scans
+from xrdfast.data.whole_scans import preprocess_whole_scans, with_peak_shape
 from xrdfast.errors import InputError, shown_path
 from xrdfast.lines import simulate_structure_lines
 from xrdfast.models import SymmetryModel, model_path
@@ -54,7 +53,6 @@ SUPERCLASSES = (
     "extinction_group",
 )
 _BATCH = 128
-_PEAK_FWHM, _PEAK_REACH = 0.1, 1.0  # degrees, of the peaks that lines get for a model of scans
 
 
 @dataclass(frozen=True)
@@ -189,7 +187,7 @@ class SymmetryPredictor:
 
     @classmethod
     def load(cls, path: str | Path | None = None, device: str | torch.device = "cpu") -> SymmetryPredictor:
-        """Reads a run folder, a model file, or weights that ship, "lab" or "lab-small"; None: "lab".
+        """Reads a run folder, a model file, or weights that ship, by name (`pretrained_path`); None: "lab".
 
         Raises:
             InputError: for a file that is missing, damaged, of another kind, or that does not fit its preset.
@@ -276,8 +274,8 @@ class SymmetryPredictor:
 
         Args:
             path: of the file; .cif, .npz and .safetensors are structures.
-            kind: "sticks", "scan", or "auto": equal steps and more than 1,000 points are a scan. Other than "auto",
-                of a CIF the measured pattern that it carries.
+            kind: "sticks", "scan", or "auto": as `Scan.is_scan` has it. Other than "auto", of a CIF the measured
+                pattern that it carries.
             wavelength: Angstrom, for a file that states none; None where it is not known.
             scan: index in a file of several scans.
             n_candidates: length of the ranked list.
@@ -294,20 +292,17 @@ class SymmetryPredictor:
                 raise InputError(f"{shown_path(path)}: {given[0]}: must be left out for a structure, got one")
             return self._predict_structure_file(path, n_candidates)
         measured = read(path, wavelength=wavelength, scan=scan)
-        chosen = kind if kind != "auto" else "scan" if is_scan(measured.two_theta) else "sticks"
-        predict = self.predict_scan if chosen == "scan" else self.predict_sticks
-        known, is_doublet = None, chosen == "scan" and measured.is_doublet  # lines and scans assume their own
-        if measured.wavelength_source != "assumed":  # for scans the mean stands for the doublet
-            known = radiations()[measured.radiation] if is_doublet else measured.wavelength
+        points, source = (measured.two_theta, measured.intensity), measured.wavelength_source
         try:
-            answer = predict(
-                measured.two_theta, measured.intensity, wavelength=known, n_candidates=n_candidates
-            )
+            if kind == "scan" or (kind == "auto" and measured.is_scan):
+                how = measured.wavelength, measured.is_doublet, source
+                answer = self._predict_scan(*points, *how, n_candidates)
+            else:
+                known = None if source == "assumed" else measured.wavelength
+                answer = self.predict_sticks(*points, wavelength=known, n_candidates=n_candidates)
         except ValueError as error:
             raise InputError(f"{shown_path(path)}: {error}") from error
-        return dataclasses.replace(
-            answer, wavelength_source=measured.wavelength_source, notes=(*measured.notes, *answer.notes)
-        )
+        return dataclasses.replace(answer, wavelength_source=source, notes=(*measured.notes, *answer.notes))
 
     def predict_sticks(
         self,
@@ -360,15 +355,26 @@ class SymmetryPredictor:
         two_theta, intensity = np.asarray(two_theta, np.float64), np.asarray(intensity, np.float64)
         source = "assumed" if wavelength is None else "given"
         wavelength = radiations()["CuKa"] if wavelength is None else wavelength_of(wavelength)
+        anode = doublet_anode(wavelength)
+        first = radiations()[f"{anode}Ka1"] if anode else wavelength
+        return self._predict_scan(two_theta, intensity, first, anode is not None, source, n_candidates)
+
+    def _predict_scan(
+        self,
+        two_theta: NDArray[np.float64],
+        intensity: NDArray[np.float64],
+        wavelength: float,  # of K-alpha 1 for a doublet
+        is_doublet: bool,
+        source: str,
+        n_candidates: int,
+    ) -> Prediction:
         place, height = find_peaks(two_theta, intensity)
         notes = [f"read as a scan of {len(two_theta)} points"]
         if not self.reads_scans:
             notes[0] += f"; the model was trained on lines, so it gets the {len(place)} peaks"
         if len(place) == 0:
             raise ValueError("peaks: must stand out of the noise, got none")
-        anode = doublet_anode(wavelength)
-        wavelength = radiations()[f"{anode}Ka1"] if anode else wavelength
-        pattern, more = self.lines_on_axis(place, height, wavelength, is_doublet=anode is not None)
+        pattern, more = self.lines_on_axis(place, height, wavelength, is_doublet=is_doublet)
         moved = convert_two_theta(two_theta, wavelength, self.wavelength)
         there = np.isfinite(moved)
         pattern = Pattern(pattern.two_theta, pattern.intensity, scan=(moved[there], intensity[there]))
@@ -378,6 +384,7 @@ class SymmetryPredictor:
             if not bool(given.any()):
                 raise ValueError("intensity: must rise above background and noise within the model's range")
             more = ["smoothed, background taken off, what does not rise above the noise left blank"]
+            more += self._mapping(wavelength)
         return self._answer(pattern, "scan", wavelength, source, [*notes, *more], n_candidates, given=given)
 
     def prepare_scans(
@@ -419,7 +426,7 @@ class SymmetryPredictor:
             for name in ("two_theta", "intensity")
         )
         sticks = sticks_to_grid(offset, two_theta, intensity, self.grid)
-        return _with_peak_shape(sticks, self.grid) if self.reads_scans else sticks
+        return with_peak_shape(sticks, self.grid) if self.reads_scans else sticks
 
     def predict_structure(self, structure: PackedStructures, n_candidates: int = 5) -> Prediction:
         """Answers for the pattern simulated from one structure: a round trip.
@@ -477,8 +484,7 @@ class SymmetryPredictor:
             notes.append(f"{anode} K-alpha doublet: {int((~keep).sum())} K-alpha 2 satellites left out")
             two_theta, intensity = two_theta[keep], intensity[keep]
         moved, intensity = convert_lines(two_theta, intensity, wavelength, self.wavelength)
-        if wavelength != self.wavelength:
-            notes.append(f"mapped from {wavelength:.5f} to {self.wavelength:.5f} Angstrom through d-spacings")
+        notes += self._mapping(wavelength)
         low, high = self.grid.two_theta_min, self.grid.two_theta_max
         inside = (moved >= low) & (moved < high)
         if not (inside.any() and intensity[inside].max() > 0.0):
@@ -490,6 +496,11 @@ class SymmetryPredictor:
             notes.append(f"{int((~inside).sum())} lines outside {low:g}..{high:g} degrees left out")
         intensity = intensity[inside]
         return Pattern(moved[inside], 100.0 * (intensity / intensity.max())), notes
+
+    def _mapping(self, wavelength: float) -> list[str]:
+        same = abs(wavelength - self.wavelength) < 1e-4  # tables differ by as much
+        note = f"mapped from {wavelength:.5f} to {self.wavelength:.5f} Angstrom through d-spacings"
+        return [] if same else [note]
 
     def _answer(
         self,
@@ -559,15 +570,6 @@ def _anode(first: float) -> str | None:
     """The anode of a K-alpha 1 line."""
     name = radiation_of(first).name
     return name.removesuffix("Ka1") if name.endswith("Ka1") else None
-
-
-def _with_peak_shape(sticks: Tensor, grid: Grid) -> Tensor:
-    """Every stick as an even mixture of a Gaussian and a Lorentzian, a usual laboratory's; strongest point = 100."""
-    reach = round(_PEAK_REACH / grid.two_theta_step)
-    u = torch.arange(-reach, reach + 1, dtype=torch.float64) * (2.0 * grid.two_theta_step / _PEAK_FWHM)
-    shape = 0.5 * torch.exp2(-u.square()) + 0.5 / (1.0 + u.square())
-    peaks = F.conv1d(sticks[:, None], shape.float()[None, None], padding=reach)[:, 0]
-    return peaks * (100.0 / peaks.amax(dim=1, keepdim=True).clamp_min(1e-30))
 
 
 def _ranked_candidates(posterior: JointPosterior, n_candidates: int) -> tuple[Candidate, ...]:

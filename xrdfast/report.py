@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from xrdfast.bragg import Grid, d_spacing_of
 from xrdfast.data.files import write_atomically
-from xrdfast.data.peaks import background_of, is_scan
+from xrdfast.data.peaks import background_of
 from xrdfast.errors import InputError
 from xrdfast.symmetry import CRYSTAL_SYSTEM_INDEX, CRYSTAL_SYSTEMS, SYMBOLS
 
@@ -49,6 +49,7 @@ _STYLE = {
     "svg.fonttype": "none",
     "pdf.fonttype": 42,
 }
+_N_GROUPS = 10  # best candidates that are drawn
 _N_LABELS = 12  # strongest lines that get their hkl
 _LABEL_GAP = 2.6  # degrees between two of them
 
@@ -159,9 +160,8 @@ def _draw_pattern(axes: Axes, prediction: Prediction, axis: str, scale: str) -> 
         two_theta, counts = pattern.scan
         share = 100.0 / max(float(counts.max()), 1e-300)
         axes.plot(_along(two_theta, pattern, axis), share * counts, color=_GREY, lw=0.8)
-        if is_scan(two_theta):
-            background = background_of(two_theta, counts)
-            axes.plot(_along(two_theta, pattern, axis), share * background, color=_ORANGE, lw=0.9)
+        background = background_of(two_theta, counts)
+        axes.plot(_along(two_theta, pattern, axis), share * background, color=_ORANGE, lw=0.9)
         shown = counts[counts > 0.0]
         low = max(0.7 * share * float(shown.min()), 1e-3) if scale == "log" and len(shown) else 0.0
     else:
@@ -263,7 +263,7 @@ def _label_lines(axes: Axes, pattern: Pattern, axis: str) -> None:
 
 
 def _draw_groups(axes: Axes, prediction: Prediction) -> None:
-    candidates = prediction.candidates
+    candidates = prediction.candidates[:_N_GROUPS]
     names = [f"{symbol_text(c.symbol)}  ({c.space_group_number})" for c in candidates]
     marked = [c.space_group_number == prediction.true_number for c in candidates]
     _draw_bars(axes, names, [c.probability for c in candidates], marked)

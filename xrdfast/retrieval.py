@@ -38,8 +38,7 @@ from xrdfast.data.known_bins import (
     without_weak,
 )
 from xrdfast.data.known_lines import strongest_lines
-from xrdfast.data.peaks import is_scan
-from xrdfast.data.scans import read
+from xrdfast.data.scans import Scan
 from xrdfast.data.store import PatternStore
 from xrdfast.data.whole_scans import preprocess_whole_scans
 from xrdfast.errors import InputError
@@ -358,23 +357,16 @@ class KnownStructures:
             pieces.append(self._match(peaks, measured[rows], n_best, None))
         return _joined(pieces, n_best)
 
-    def match_file(
-        self,
-        path: str | Path,
-        *,
-        kind: str = "auto",
-        wavelength: float | None = None,
-        scan: int | None = None,
-        n_best: int = 10,
-    ) -> Matches:
-        """Nearest structures of a measured pattern in a file; arguments as `SymmetryPredictor.predict_file` has them.
+    def match_scan(self, measured: Scan, *, kind: str = "auto", n_best: int = 10) -> Matches:
+        """Nearest structures of a measured pattern (`xrdfast.read`).
 
-        Raises:
-            InputError: for a file that breaks a rule.
+        Args:
+            measured: a scan or a list of lines.
+            kind: "scan", "sticks", or "auto": what it is (`Scan.is_scan`).
+            n_best: structures to return.
         """
-        measured = read(path, wavelength=wavelength, scan=scan)
         first = scan_wavelengths(measured.wavelength)[0] if measured.is_doublet else measured.wavelength
-        if kind == "scan" or (kind == "auto" and is_scan(measured.two_theta)):
+        if kind == "scan" or (kind == "auto" and measured.is_scan):
             return self.match([measured.two_theta], [measured.intensity], [first], n_best=n_best)
         two_theta, intensity = measured.two_theta, np.asarray(measured.intensity, dtype=np.float64)
         moved, heights = convert_lines(two_theta, intensity, first, KA1_WAVELENGTH)

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 N_SPACE_GROUPS = 230
-MAX_ROTATIONS = 192  # of a structure: the operations of Fm-3m in its cubic cell
 
 # The tasks of XRDecoupler in the order of the published heads (arXiv:2511.06976), and their class counts.
 TASKS = ("space_group", "crystal_system", "lattice_centering", "point_group")

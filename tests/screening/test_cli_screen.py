@@ -50,7 +50,27 @@ def test_exit_codes_and_progress(model, tmp_path):
     assert done.exit_code == 1 and "2 answered, 1 failed; of these now 0 and 1" in done.stdout
     done = run("screen", tmp_path / "none", "-o", tmp_path / "none.parquet", *options)
     assert done.exit_code == 2 and "0 answered, 1 failed" in done.stdout
+    assert f"why: {tmp_path / 'none.errors.jsonl'}; to try these again, name another output" in done.stdout
     assert "no such file" in (tmp_path / "none.errors.jsonl").read_text().lower()
+
+
+def test_nothing_to_screen_is_told(model, tmp_path):
+    (tmp_path / "empty").mkdir()
+    options = ("-o", tmp_path / "out.parquet", "--model", model, "--readers", 0)
+    for what in (tmp_path / "empty", tmp_path / "none*.xy"):
+        done = run("screen", what, *options)
+        assert done.exit_code == 2 and done.stderr.endswith(f"{what}: paths: must hold a file, got none\n")
+
+
+def test_pack_leaves_what_it_cannot_replace(tmp_path):
+    folder, packed = write_folder(tmp_path / "scans", 2), tmp_path / "a.scans.safetensors"
+    assert run("pack", folder, "-o", packed).exit_code == 0
+    before = packed.read_bytes()
+    done = run("pack", packed, folder, "-o", packed)
+    assert done.exit_code == 2 and "output: must not be an input, got the same file" in done.stderr
+    done = run("pack", tmp_path / "typo", "-o", packed)
+    assert done.exit_code == 2 and "scans: must be at least one to pack, got none" in done.stderr
+    assert packed.read_bytes() == before
 
 
 @pytest.mark.parametrize(

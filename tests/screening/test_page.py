@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from tests.screening.scans_written import TWO_THETA, counts, write_folder, write_tar
 from xrdfast.cli import cli
 from xrdfast.data.generate import AugmentConfig
+from xrdfast.data.scans import scan_of_points
 from xrdfast.errors import InputError
 from xrdfast.models import build_model
 from xrdfast.prediction import SymmetryPredictor
@@ -106,7 +107,7 @@ def many(screened, tmp_path_factory) -> Path:
     """A table of 10,100 answers: thumbnails with the noise of real counts, long names, notes."""
     (row,) = pq.read_table(screened).slice(0, 1).to_pylist()
     rng = np.random.default_rng(0)
-    axis = Axis(TWO_THETA)
+    axis = Axis(scan_of_points(TWO_THETA, counts(0), path="a.xy"))
     images = [thumbnail(axis, counts(seed)) for seed in range(100)]
     rows = []
     for i in range(10_100):

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.screening.scans_written import write_folder, write_npz, write_tar
+from tests.screening.scans_written import TWO_THETA, counts, write_folder, write_npz, write_tar
 from xrdfast.data import files
 from xrdfast.data.generate import AugmentConfig
 from xrdfast.data.scans import read, scan_of_points
@@ -45,7 +44,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def predictor() -> SymmetryPredictor:
     torch.manual_seed(0)
     several = (0.0,) * N_OWN_FEATURES + (0.01,) * 768
-    calibration = Calibration(dict.fromkeys(TASKS, 1.5), dict.fromkeys(TASKS, 0.8), several_phases=several)
+    calibration = Calibration(
+        dict.fromkeys(TASKS, 1.5), dict.fromkeys(TASKS, 0.8), threshold=0.004, several_phases=several
+    )
     return SymmetryPredictor(build_model("small").eval(), calibration=calibration)
 
 
@@ -87,9 +88,7 @@ def test_rows_are_what_predict_says(predictor, tmp_path, small_chunks, profile):
             profile == "sticks"
         )
         assert row["several_phases"] == pytest.approx(answer.several_phases, abs=1e-5)
-        everything = predictor.predict_file(row["file"], n_candidates=230).candidates
-        total = np.cumsum([c.probability for c in everything])
-        assert len(row["credible_set"]) == int((total < 0.95).sum()) + 1
+        assert tuple(row["conformal_set"]) == answer.conformal_set != ()
     scans = [read(row["file"]) for row in rows]
     again = list(Screener(predictor).run(iter(scans)))
     assert [row["space_group"] for row in again] == [row["space_group"] for row in rows]
@@ -108,16 +107,34 @@ def test_failures_and_notes(predictor, tmp_path):
         "one.xy"
     ]
     assert "peaks" in reasons["flat.xy"] and "within 5..90 degrees" in reasons["lines.xy"]
+    assert all(f"{name}: " in reason for name, reason in reasons.items())
     notes = " ".join(rows[0]["notes"])
     assert "too noisy" in notes and "range too short" in notes and "amorphous" in notes
     with pytest.warns(UserWarning, match="peaks"):
         list(Screener(predictor).run([tmp_path / "flat.xy"]))
 
 
+def test_one_path_or_scan_need_no_list(predictor, tmp_path):
+    """A text is a path, not a list of letters: "/" would be the whole file system."""
+    path = write_folder(tmp_path / "scans", 1) / "0000.xy"
+    rows = [list(Screener(predictor).run(item)) for item in (str(path), path, read(path))]
+    assert all(len(one) == 1 and one[0]["space_group"] == rows[0][0]["space_group"] for one in rows)
+
+
+def test_what_instruments_write_is_a_scan(predictor, tmp_path):
+    """Of however few points; the rule of a thousand is for columns of text."""
+    thin = slice(0, 1700, 4)
+    np.savez(tmp_path / "few.npz", two_theta=TWO_THETA[thin], intensity=counts(0)[None, thin])
+    np.savetxt(tmp_path / "few.xy", np.c_[TWO_THETA, counts(0)][thin], "%.3f")
+    pack(tmp_path / "few.scans.safetensors", [read(tmp_path / "few.xy")])
+    kinds = {Path(row["file"]).suffixes[0]: row["kind"] for row in Screener(predictor).run([tmp_path])}
+    assert kinds == {".npz": "scan", ".scans": "scan", ".xy": "sticks"}
+
+
 def test_what_a_model_cannot_say_is_null(tmp_path):
     folder = write_folder(tmp_path / "scans", 1)
     (row,) = Screener(build_model("plain_cnn").eval()).run([folder])
-    assert row["confidence"] is None and row["credible_set"] is None and row["out_of_distribution"] is None
+    assert row["confidence"] is None and row["conformal_set"] is None and row["out_of_distribution"] is None
 
 
 def test_resuming_adds_new_files_alone(predictor, tmp_path, small_chunks):
@@ -231,27 +248,6 @@ def test_killed_at_random_it_goes_on(tmp_path):
         f"{i:04d}.xy" for i in range(12) if i != 5
     ]
     assert len((tmp_path / "out.errors.jsonl").read_text().splitlines()) == 1
-
-
-def test_failures_of_an_attempt_that_was_killed_are_forgotten(predictor, tmp_path, monkeypatch):
-    folder, output = write_folder(tmp_path / "scans", 1), tmp_path / "out.parquet"
-    late = folder / "late.xy"
-    late.write_text("nothing here yet\n")
-    screener = Screener(predictor)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(pipeline, "write_table", mock.Mock(side_effect=KeyboardInterrupt))
-        screener.screen([folder], output)
-    late.write_bytes((folder / "0000.xy").read_bytes())
-    assert screener.screen([folder], output) == (2, 0) == screener.totals(output)
-    assert not (tmp_path / "out.errors.jsonl").exists()
-
-
-def test_own_output_is_known_through_a_link(predictor, tmp_path):
-    folder, link = write_folder(tmp_path / "scans", 1), tmp_path / "link"
-    link.symlink_to(folder)
-    screener = Screener(predictor)
-    assert screener.screen([link], folder / "out.parquet") == (1, 0)
-    assert screener.screen([link], folder / "out.parquet") == (0, 0)
 
 
 @pytest.mark.parametrize("moment", ["replace", "write", "unlink"])
@@ -435,7 +431,7 @@ def test_a_gpu_gives_the_same_answers(gpu, predictor, tmp_path):
 
 def test_parts_are_what_pyarrow_makes(predictor, tmp_path):
     rows = list(Screener(predictor).run([write_folder(tmp_path / "scans", 3)]))
-    rows[1] |= {"member": "Ä\u4e2d", "notes": ["", "a\nb", "ö"], "credible_set": [], "confidence": None}
+    rows[1] |= {"member": "Ä\u4e2d", "notes": ["", "a\nb", "ö"], "conformal_set": [], "confidence": None}
     rows[2] = dict.fromkeys(rows[2])
     for n in (0, 1, 3):
         write_table(tmp_path / "part.parquet", rows[:n])

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from xrdfast.cli.group import cli
-from xrdfast.cli.options import FiniteRange, file_option, model_option, wavelength_option
+from xrdfast.cli.options import (
+    FiniteRange,
+    file_option,
+    model_option,
+    refuse_input_as_output,
+    wavelength_option,
+)
 
 if TYPE_CHECKING:
     from xrdfast.prediction import Prediction, SymmetryPredictor
@@ -29,7 +35,8 @@ _SHOWN_SET = 20  # space groups of a set that is meant to hold the true one
     type=click.Choice(["auto", "sticks", "scan"]),
     default="auto",
     show_default=True,
-    help="auto: equal steps and more than 1,000 points are a scan, and a CIF is a structure.",
+    help="auto: instruments write scans, and so are columns of more than 1,000 points in equal steps; a CIF is a "
+    "structure.",
 )
 @wavelength_option
 @click.option(
@@ -75,7 +82,8 @@ def predict(
     as_json: bool,
 ) -> None:
     """Answers for one pattern (an instrument's file, or two columns of text) or one structure (a round trip)."""
-    from xrdfast.errors import InputError
+    from xrdfast.bragg import convert_two_theta
+    from xrdfast.errors import InputError, shown_path
     from xrdfast.evidence import find_evidence
     from xrdfast.models import model_path, pretrained_path
     from xrdfast.prediction import STRUCTURE_SUFFIXES, SymmetryPredictor, is_structure_file
@@ -93,23 +101,35 @@ def predict(
         ships = model_path(model).resolve() == pretrained_path()
         prediction, nearest = _second_opinion(predictor, file, library, asked, top, ships=ships)
     evidence = find_evidence(predictor, prediction)
+    places = [one.two_theta for one in evidence]
+    measured = convert_two_theta(places, predictor.wavelength, prediction.wavelength).tolist()
     if plot is not None:
         from xrdfast.report import save_plot
 
         ticks = None
         if structure is not None:
             ticks = structure.name, predictor.predict_file(structure, n_candidates=1).pattern.two_theta
-        save_plot(prediction, plot, title=file.name, axis=axis, scale=scale, evidence=evidence, ticks=ticks)
+        save_plot(
+            prediction,
+            plot,
+            title=shown_path(file.name),
+            axis=axis,
+            scale=scale,
+            evidence=evidence,
+            ticks=ticks,
+        )
     if as_json:
-        more = {"rests_on": [vars(one) for one in evidence]}
+        peaks = zip(evidence, measured, strict=True)
+        more = {"rests_on": [vars(one) | {"two_theta": angle} for one, angle in peaks]}
         more |= {} if library is None else {"nearest": nearest}
         click.echo(json.dumps({"file": str(file)} | prediction.to_dict() | more, indent=2))
         return
-    click.echo(f"{file}")
+    click.echo(shown_path(file))
     show_prediction(prediction)
-    telling = [one for one in evidence[:_SHOWN_PEAKS] if one.drop > 0.0]
+    strongest = zip(evidence[:_SHOWN_PEAKS], measured, strict=False)
+    telling = [f"{angle:.2f}° ({one.drop:.2f})" for one, angle in strongest if one.drop > 0.0]
     if telling:
-        peaks = ", ".join(f"{one.two_theta:.2f}° ({one.drop:.2f})" for one in telling)
+        peaks = ", ".join(telling)
         whose = "" if library is None else "the model's share in this "
         click.echo(f"{whose}rests most on the peaks at (fall of ln p without it): {peaks}")
     if library is not None:
@@ -136,11 +156,14 @@ def match(
     as_json: bool,
 ) -> None:
     """Names the known structures of LIBRARY nearest to a measured pattern, and their space groups. Needs no model."""
+    from xrdfast.data.scans import read
+    from xrdfast.errors import shown_path
     from xrdfast.retrieval import KnownStructures
     from xrdfast.symmetry import SYMBOLS
 
     known = KnownStructures.load(library)
-    matches = known.match_file(file, kind=kind, wavelength=wavelength, scan=scan, n_best=top)
+    measured = read(file, wavelength=wavelength, scan=scan)
+    matches = known.match_scan(measured, kind=kind, n_best=top)
     nearest = known.describe(matches)[0]
     share, index = matches.space_group[0].sort(descending=True, stable=True)
     groups = [
@@ -148,9 +171,14 @@ def match(
         for i, p in zip(index[:_SHOWN_NEAREST].tolist(), share[:_SHOWN_NEAREST].tolist(), strict=True)
     ]
     if as_json:
-        click.echo(json.dumps({"file": str(file), "nearest": nearest, "candidates": groups}, indent=2))
+        how = {name: getattr(measured, name) for name in ("wavelength", "wavelength_source", "notes")}
+        answer = {"file": str(file), **how, "nearest": nearest, "candidates": groups}
+        click.echo(json.dumps(answer, indent=2))
         return
-    click.echo(f"{file}")
+    click.echo(shown_path(file))
+    click.echo(f"  wavelength {measured.wavelength:.5f} Å ({measured.wavelength_source})")
+    for note in measured.notes:
+        click.echo(f"  {note}")
     _show_nearest(nearest)
     spoken = ",  ".join(f"{group['symbol']} {_percent(group['probability'])}" for group in groups)
     click.echo(f"space groups, by {len(known)} known structures: {spoken}")
@@ -164,6 +192,7 @@ def _second_opinion(
     The set of the joined answer was calibrated with the weights `lab` and a large library: other models and
     small libraries, which make the same answer surer than it is, get none.
     """
+    from xrdfast.data.scans import read
     from xrdfast.retrieval import (
         POOL_LEAST_KNOWN,
         POOL_N_BEST,
@@ -176,7 +205,8 @@ def _second_opinion(
 
     known = KnownStructures.load(library)
     prediction = predictor.predict_file(file, **asked, n_candidates=N_SPACE_GROUPS)
-    matches = known.match_file(file, **asked, n_best=POOL_N_BEST)
+    measured = read(file, wavelength=asked["wavelength"], scan=asked["scan"])
+    matches = known.match_scan(measured, kind=asked["kind"], n_best=POOL_N_BEST)
     pooled = join(prediction.space_groups(), matches)
     note = f"joined with the answer of {len(known)} known structures"
     calibrated = ships and prediction.kind == "scan" and len(known) >= POOL_LEAST_KNOWN
@@ -307,6 +337,7 @@ def screen(
     from xrdfast.prediction import SymmetryPredictor
     from xrdfast.processes import n_cores
     from xrdfast.screening.pipeline import Screener, rank_of_environment
+    from xrdfast.screening.results import errors_path
     from xrdfast.screening.watching import Watch
     from xrdfast.terminal import screening_progress
     from xrdfast.training.processes import local_device
@@ -352,7 +383,12 @@ def screen(
             f"{output}: {done[0]} answered by this process; other processes are still at work", err=True
         )
         return  # with 0: torchrun ends every process where one exits with another code
-    click.echo(f"{output}: {totals[0]} answered, {totals[1]} failed; of these now {done[0]} and {done[1]}")
+    if totals == (0, 0):
+        raise InputError(f"{paths[0]}: paths: must hold a file, got none")
+    reasons = f"; why: {errors_path(output)}; to try these again, name another output" if totals[1] else ""
+    click.echo(
+        f"{output}: {totals[0]} answered, {totals[1]} failed; of these now {done[0]} and {done[1]}{reasons}"
+    )
     click.get_current_context().exit(0 if totals[0] and not totals[1] else 1 if totals[0] else 2)
 
 
@@ -395,6 +431,7 @@ def pack(paths: tuple[Path, ...], output: Path, wavelength: float | None) -> Non
     from xrdfast.screening.packed import pack as pack_scans
     from xrdfast.screening.sources import Failure, find_chunks, find_files, read_chunk
 
+    refuse_input_as_output(output, paths)
     given = None if wavelength is None else radiation_of(wavelength)
     failed = 0
 

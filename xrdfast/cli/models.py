@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,7 @@ import click
 
 from xrdfast.cli.answers import show_prediction
 from xrdfast.cli.group import INTERRUPTED, cli
-from xrdfast.cli.options import FiniteRange, file_option, parse_folds
+from xrdfast.cli.options import FiniteRange, file_option, parse_folds, refuse_input_as_output
 
 if TYPE_CHECKING:
     from xrdfast.training.config import RunConfig
@@ -29,8 +31,8 @@ def train(config: Path, output: Path, overrides: tuple[str, ...], distill: bool,
 
     if distill:
         overrides = ("distillation.drg=true", "distillation.dsr=true", *overrides)
-    again = " ".join([f"train {config} -o {output}", *(f"--set {x}" for x in overrides)])
-    _run_training(load_config(config, overrides), output, resume, again)
+    again = ["train", config, "-o", output]
+    _run_training(load_config(config, overrides), output, resume, [*again, *_set_options(overrides)])
 
 
 @cli.command()
@@ -62,13 +64,17 @@ def distill(
     base.get("train", {}).pop("cuda_graph", None)  # which distillation does not go with
     base.get("model", {}).pop("weights", None)  # of the teacher's preset
     settings = load_config(config, (*own, *overrides), base)
-    words = [f"distill --teacher {teacher} --preset {preset} -o {output}"]
-    words += [f"--config {config}"] if config is not None else []
-    _run_training(settings, output, resume, " ".join([*words, *(f"--set {x}" for x in overrides)]))
+    again = ["distill", "--teacher", teacher, "--preset", preset, "-o", output]
+    again += ["--config", config] if config is not None else []
+    _run_training(settings, output, resume, [*again, *_set_options(overrides)])
 
 
-def _run_training(config: RunConfig, output: Path, resume: bool, again: str) -> None:
-    """Trains and prints the metrics, or how to go on."""
+def _set_options(overrides: Iterable[str]) -> list[str]:
+    return [word for setting in overrides for word in ("--set", setting)]
+
+
+def _run_training(config: RunConfig, output: Path, resume: bool, again: Iterable[str | Path]) -> None:
+    """Trains and prints the metrics, or how to go on: with the command `again`."""
     from xrdfast.evaluation import format_table
     from xrdfast.terminal import training_bar
     from xrdfast.training.trainer import Trainer
@@ -78,7 +84,8 @@ def _run_training(config: RunConfig, output: Path, resume: bool, again: str) -> 
     if os.environ.get("RANK", "0") != "0":
         return
     if result.status == "interrupted":
-        click.echo(f"interrupted after {result.step} steps; go on: xrdfast {again} --resume", err=True)
+        words = shlex.join(["xrdfast", *map(str, again), "--resume"])
+        click.echo(f"interrupted after {result.step} steps; go on: {words}", err=True)
         click.get_current_context().exit(INTERRUPTED)
     ended = f"{result.status.replace('_', ' ')} after {result.step} steps"
     click.echo(f"{output}: {ended}; on the validation folds:\n\n{format_table(result.metrics)}")
@@ -105,6 +112,8 @@ def evaluate(
     from xrdfast.terminal import progress_bar
     from xrdfast.training.processes import local_device
 
+    if json_file is not None:
+        refuse_input_as_output(json_file, [run, *stores])
     predictor = SymmetryPredictor.load(run, local_device("auto"))
     store = PatternStore.open(list(stores))
     store.verify()
@@ -143,6 +152,7 @@ def export(model: Path, output: Path) -> None:
     """Writes a trained model for others: float16 weights, or for other programs ONNX or torch.export's archive."""
     from xrdfast.data.files import write_atomically
     from xrdfast.errors import InputError
+    from xrdfast.models import model_path
     from xrdfast.models.export import SUFFIXES, encode_model
     from xrdfast.training.checkpoint import load_model, publish_model
 
@@ -151,6 +161,8 @@ def export(model: Path, output: Path) -> None:
         raise InputError(
             f"{output}: --output: must end in one of {known}, got {output.suffix or 'no suffix'}"
         )
+    model = model_path(model)
+    refuse_input_as_output(output, [model])
     if output.suffix == ".safetensors":
         publish_model(model, output)
         click.echo(f"{output}: weights in float16 with their calibration, for --model")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,14 @@ def _output_file(ctx: click.Context, option: click.Parameter, value: Path | None
     if not value.parent.is_dir():  # known now, not after the work
         raise InputError(f"{value}: {option.opts[-1]}: must lie in a folder that exists, got none")
     return value
+
+
+def refuse_input_as_output(output: Path, inputs: Iterable[Path]) -> None:
+    """Refuses to write over what is read."""
+    from xrdfast.errors import InputError
+
+    if output.resolve() in [path.resolve() for path in inputs]:
+        raise InputError(f"{output}: output: must not be an input, got the same file")
 
 
 def parse_folds(ctx: click.Context, option: click.Parameter, value: str) -> tuple[int, ...] | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from xrdfast.cli.group import cli
-from xrdfast.cli.options import file_option, parse_groups, wavelength_option
+from xrdfast.cli.options import file_option, parse_groups, refuse_input_as_output, wavelength_option
 
 if TYPE_CHECKING:
     from xrdfast.data.structures import PackedStructures, Rejected
@@ -67,8 +67,8 @@ def simulate(
         low = config.two_theta_min
         raise InputError(f"--two-theta-max: must be above {low:g}, up to 180 degrees, got {two_theta_max:g}")
     store = _store_path(output or Path(paths[0].resolve().name)) if not lines else None
-    if store is not None and store.resolve() in [path.resolve() for path in paths]:
-        raise InputError(f"{store}: output: must not be an input, got the same file")
+    if target := store or output:
+        refuse_input_as_output(target, paths)
     with progress_bar("reading", "files") as progress:
         structures, rejected = load_structures(list(paths), progress=progress)
     if not _is_analysed(structures):
@@ -123,6 +123,7 @@ def generate(
 
     if output.suffix != ".safetensors":
         raise InputError(f"{output}: output: must end in .safetensors, got {output.suffix or 'no suffix'}")
+    refuse_input_as_output(output, paths)
     if fewer_than is not None and not paths:
         raise InputError("--fewer-than: must come with files of structures to count, got none")
     statistics = None
@@ -171,8 +172,7 @@ def library(paths: tuple[Path, ...], output: Path, workers: int | None) -> None:
 
     if output.suffix != ".safetensors":
         raise InputError(f"{output}: output: must end in .safetensors, got {output.suffix or 'no suffix'}")
-    if output.resolve() in [path.resolve() for path in paths]:
-        raise InputError(f"{output}: output: must not be an input, got the same file")
+    refuse_input_as_output(output, paths)
     stores = [path for path in paths if path.name.endswith(STORE_SUFFIX)]
     if stores and len(stores) < len(paths):
         raise InputError(f"{stores[0]}: paths: must be all stores or all structures, got both")

@@ -23,16 +23,17 @@ _SATELLITE_SHARE = (0.3, 0.7)
 _MAX_WINDOW = 2001  # points of any window, so that the finest scan stays cheap
 
 
-def is_scan(two_theta: NDArray[np.float64]) -> bool:
+def is_scan(two_theta: NDArray[np.float64], more_than: int = _SCAN_POINTS) -> bool:
     """Whether rising angles are those of a scan: more than 1,000, equally spaced to half a step.
 
     Half a step because files round their angles, and a list of lines is off by many of its mean steps.
 
     Args:
         two_theta: (n_points,) degrees.
+        more_than: as many points are still a list of lines.
     """
     n = len(two_theta)
-    if n <= _SCAN_POINTS:
+    if n <= more_than:
         return False
     step = float(two_theta[-1] - two_theta[0]) / (n - 1)
     off = np.arange(n, dtype=np.float64)

@@ -23,6 +23,7 @@ from xrdfast.errors import InputError, shown_path
 
 MAX_POINTS = 1 << 18  # the longest measured scans have 1e5
 _DIP = 0.05  # of the maximum: a background-corrected scan goes this far below zero
+PACKED = "packed scans"  # the format of scans in `xrdfast.screening.packed`
 _ASSUMED = "CuKa"
 _LISTED = 8  # scans that a message names
 
@@ -56,6 +57,17 @@ class Scan:
     n_scans: int = 1
     title: str = ""
     notes: tuple[str, ...] = ()
+
+    @property
+    def is_scan(self) -> bool:
+        """Whether this is a scan, not a list of lines.
+
+        Files of instruments and stacks hold nothing else. Of columns of text the angles tell (`peaks.is_scan`), and of
+        packed scans, which may have been columns, as well: there more than 50 equal steps are enough.
+        """
+        if self.format == PACKED:
+            return is_scan(self.two_theta, more_than=50)
+        return self.format != COLUMNS or is_scan(self.two_theta)
 
     @property
     def is_doublet(self) -> bool:

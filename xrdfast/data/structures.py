@@ -22,8 +22,8 @@ from torch import Tensor
 from xrdfast.data.files import load_checked, save_checked
 from xrdfast.data.labels import Cell, find_symmetries
 from xrdfast.errors import InputError, shown_path
+from xrdfast.ops.reflections import MAX_ROTATIONS
 from xrdfast.scattering import N_ELEMENTS, element_symbols
-from xrdfast.symmetry import MAX_ROTATIONS
 
 if TYPE_CHECKING:
     from ase import Atoms

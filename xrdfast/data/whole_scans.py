@@ -1,4 +1,5 @@
-"""Whole scans, each with its own points, smoothed over one width in degrees and brought to a model's axis.
+"""Whole scans, each with its own points, smoothed over one width in degrees and brought to a model's axis; and lines as
+such a scan would show them.
 
 Not for their peaks (`xrdfast.data.peaks`); every step is `xrdfast.ops.preprocess`'s.
 """
@@ -11,9 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from xrdfast.bragg import Grid
 from xrdfast.ops.preprocess import MAX_SMOOTH_POINTS, preprocess_scans
+
+_PEAK_FWHM, _PEAK_REACH = 0.1, 1.0  # degrees, of the peaks that lines get
 
 
 def smoothing_points(two_theta: NDArray[np.float64], smooth_width: float) -> int:
@@ -85,3 +89,22 @@ def preprocess_whole_scans(
     for scans, piece in zip(by_points.values(), pieces, strict=True):
         patterns[scans], measured[scans] = piece.intensity.cpu(), piece.measured.cpu()
     return patterns, measured
+
+
+def with_peak_shape(sticks: Tensor, grid: Grid) -> Tensor:
+    """Sticks as a scan without background would show them, for a model of scans.
+
+    Every one is an even mixture of a Gaussian and a Lorentzian, as wide as a usual laboratory's.
+
+    Args:
+        sticks: (n_patterns, n_points) on the grid.
+        grid: of the patterns.
+
+    Returns:
+        (n_patterns, n_points), strongest point 100.
+    """
+    reach = round(_PEAK_REACH / grid.two_theta_step)
+    u = torch.arange(-reach, reach + 1, dtype=torch.float64) * (2.0 * grid.two_theta_step / _PEAK_FWHM)
+    shape = 0.5 * torch.exp2(-u.square()) + 0.5 / (1.0 + u.square())
+    peaks = F.conv1d(sticks[:, None], shape.float()[None, None], padding=reach)[:, 0]
+    return peaks * (100.0 / peaks.amax(dim=1, keepdim=True).clamp_min(1e-30))

@@ -20,6 +20,7 @@ from xrdfast.ops import device_stream
 
 MERGE_STEP = 1e-5  # degrees 2theta, pymatgen's TWO_THETA_TOL
 MIN_SCALED_INTENSITY = 1e-3  # of 100, pymatgen's SCALED_INTENSITY_TOL
+MAX_ROTATIONS = 192  # of a structure: the operations of Fm-3m in its cubic cell
 _SHELL_TOLERANCE = 1e-8  # 1 / Angstrom, pymatgen's numerical_tol
 _MOTT_BETHE = 41.78214  # Angstrom^2, De Graef & McHenry, Structure of Materials, eq. 11.42 as pymatgen has it
 _KEY_BITS = 25  # 180 degrees / MERGE_STEP < 2^25

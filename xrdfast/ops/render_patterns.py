@@ -27,8 +27,8 @@ from xrdfast.ops.line_profile import (
 )
 from xrdfast.ops.preprocess import PATCH_POINTS, active_patches, local_noise_reference
 from xrdfast.ops.random import noise_words, poisson
+from xrdfast.ops.reflections import MAX_ROTATIONS
 from xrdfast.ops.render import check_families, check_offsets, check_tensors
-from xrdfast.symmetry import MAX_ROTATIONS
 
 if TYPE_CHECKING:
     from xrdfast.bragg import Grid

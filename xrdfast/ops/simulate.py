@@ -20,13 +20,13 @@ from torch import Tensor
 from xrdfast import _native, scattering
 from xrdfast.ops import LIBRARY, device_stream
 from xrdfast.ops.reflections import (
+    MAX_ROTATIONS,
     device_reflections,
     merge_families,
     merge_lines,
     name_families_reference,
     reflections_reference,
 )
-from xrdfast.symmetry import MAX_ROTATIONS
 
 if TYPE_CHECKING:
     from xrdfast.data.structures import PackedStructures

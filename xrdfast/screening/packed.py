@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xrdfast.bragg import Radiation, radiation_of
-from xrdfast.data.scans import MAX_POINTS, Scan, scan_of_points
+from xrdfast.data.scans import MAX_POINTS, PACKED, Scan, scan_of_points
 from xrdfast.errors import InputError, shown_path
 
 FORMAT = "xrdfast-scans"
@@ -62,7 +62,7 @@ def pack(path: str | Path, scans: Iterable[Scan]) -> int:
         How many there were.
 
     Raises:
-        InputError: for another name, or where the file cannot be written.
+        InputError: for another name, no scan, or where the file cannot be written; a file that was there stays.
     """
     path = Path(path)
     if not path.name.endswith(SUFFIX):
@@ -99,6 +99,8 @@ def pack(path: str | Path, scans: Iterable[Scan]) -> int:
                 small[name].append(value)
         for stream in streams.values():
             stream.close()
+        if not small["start"]:
+            raise InputError(f"{shown_path(path)}: scans: must be at least one to pack, got none")
         _assemble(path, small | ends, temporary)
     except OSError as error:
         raise InputError(
@@ -185,7 +187,7 @@ class PackedScans:
             path=str(self.path),
             stated=radiation if stated else None,
             given=given if stated or radiation is None else radiation,
-            format="packed scans",
+            format=PACKED,
             scan=index,
             n_scans=len(self),
         )

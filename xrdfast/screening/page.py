@@ -148,7 +148,7 @@ def _compact(table: pa.Table) -> dict[str, Any]:
         found[name] = [round(value, 4) for value in lists[name]]
     found["sha256"] = [text[:_DIGEST] for text in lists["sha256"]]
     found["probability"] = [[_thousandths(share) for share in row] for row in lists["probability"]]
-    found["set_size"] = [-1 if row is None else len(row) for row in lists["credible_set"]]
+    found["set_size"] = [-1 if row is None else len(row) for row in lists["conformal_set"]]
     for name in ("out_of_distribution", "several_phases"):
         found[name] = [_thousandths(value) for value in lists[name]]
     found["ms"] = [round(1000.0 * seconds, 2) for seconds in lists["seconds"]]

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from xrdfast.bragg import radiation_of
 from xrdfast.data.scans import Scan
-from xrdfast.errors import InputError
+from xrdfast.errors import InputError, shown_path
 from xrdfast.models import SymmetryModel, model_path
 from xrdfast.posterior import joint_posterior
 from xrdfast.prediction import SUPERCLASSES, SymmetryPredictor
@@ -36,6 +36,7 @@ from xrdfast.screening.manifest import Manifest, part_errors
 from xrdfast.screening.preparation import Prepared, prepare_chunk, prepare_scan
 from xrdfast.screening.readers import Readers
 from xrdfast.screening.results import (
+    SCHEMA,
     count_rows,
     errors_path,
     read_failures,
@@ -46,7 +47,6 @@ from xrdfast.screening.sources import Chunk, Failure, find_chunks, find_files
 from xrdfast.suspicion import doubts
 from xrdfast.symmetry import class_names
 
-CREDIBLE = 0.95
 _KEPT_BYTES = 31 << 20  # the most that glibc takes for a threshold is 32 MB
 _SHORT = 0.5  # of the model's range: less of it measured is noted
 _In, _Out = TypeVar("_In"), TypeVar("_Out")
@@ -107,17 +107,17 @@ class Screener:
 
     def run(
         self,
-        items: Iterable[str | Path | Scan],
+        items: str | Path | Scan | Iterable[str | Path | Scan],
         on_failure: Callable[[Failure], None] | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Rows of answers, as dicts with the columns of `results.SCHEMA`, in the order of the scans.
 
         Args:
-            items: paths (of files, folders, containers; patterns), or scans; not both.
+            items: paths (of files, folders, containers; patterns), or scans, not both; or one of them.
             on_failure: is told what cannot be answered; None warns of it.
         """
         tell = _warn if on_failure is None else on_failure
-        items = iter(items)
+        items = iter([items] if isinstance(items, (str, Path, Scan)) else items)
         first = next(items, None)
         if first is None:
             return
@@ -266,7 +266,8 @@ class Screener:
                         "intensity: must rise above background and noise within the model's range"
                     )
             except ValueError as error:
-                failures.append(Failure(scan.scan_id, scan.file, scan.member, scan.scan_index, str(error)))
+                reason = f"{shown_path(scan.scan_id)}: {error}"
+                failures.append(Failure(scan.scan_id, scan.file, scan.member, scan.scan_index, reason))
                 continue
             ready.append((scan, notes))
         if not lines and len(ready) == len(scans):
@@ -294,6 +295,7 @@ class Screener:
             "calibration": calibration.to_dict() if calibration else None,
             "given": vars(self.given) if self.given else None,
             "top_k": self.top_k,
+            "columns": SCHEMA.names,
         }
         found.update(json.dumps(settings, sort_keys=True).encode())
         return found.hexdigest()
@@ -310,8 +312,11 @@ class Screener:
         share, index = posterior.space_group.sort(dim=1, descending=True, stable=True)
         number = (index + 1).tolist()
         probability = share[:, : self.top_k].tolist()
-        # the first group is always in the set: groups before it hold nothing
-        in_set = ((share.double().cumsum(1) - share) < CREDIBLE).sum(1).tolist()
+        threshold = calibration and calibration.threshold
+        calibrated = threshold is not None
+        in_set = (
+            posterior.conformal_sets(threshold).sum(1).tolist() if calibrated else []
+        )  # the first so many
         levels = {}
         for level in SUPERCLASSES:
             best, at = posterior.marginal(level).max(dim=1)
@@ -325,7 +330,7 @@ class Screener:
             row: dict[str, Any] = {name: getattr(scan, name) for name in _COPIED}
             row["space_group"], row["probability"] = number[i][: self.top_k], probability[i]
             row["confidence"] = probability[i][0] if calibration else None
-            row["credible_set"] = number[i][: in_set[i]] if calibration else None
+            row["conformal_set"] = number[i][: in_set[i]] if calibrated else None
             for level, (names, best) in levels.items():
                 row[level], row[f"{level}_probability"] = names[i], best[i]
             row["out_of_distribution"], row["several_phases"] = unlike[i], several[i]

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xrdfast.bragg import Radiation
-from xrdfast.data.peaks import find_peaks, is_scan
+from xrdfast.data.peaks import find_peaks
 from xrdfast.data.scans import Scan
+from xrdfast.errors import shown_path
 from xrdfast.screening.sources import Chunk, Failure, Found, read_chunk
 
 THUMBNAIL_BINS = 200
@@ -77,37 +78,36 @@ def prepare_chunk(chunk: Chunk, given: Radiation | None, whole: bool) -> list[Pr
             continue
         n_points += len(one.scan.two_theta)
         if n_points > _MAX_POINTS:  # files that hold far more than their sizes told
-            reason = (
-                f"points: must be at most {_MAX_POINTS} in files read together, got more; screen it alone"
-            )
+            rule = f"points: must be at most {_MAX_POINTS} in files read together, got more; screen it alone"
+            reason = f"{shown_path(one.scan_id)}: {rule}"
             prepared.append(Failure(one.scan_id, one.file, one.member, one.index, reason))
             continue
         if axis is None or axis.two_theta is not one.scan.two_theta:  # many scans share one array
-            axis = Axis(one.scan.two_theta)
+            axis = Axis(one.scan)
         prepared.append(prepare(one, axis, whole))
     return prepared
 
 
 def prepare_scan(scan: Scan, whole: bool) -> Prepared | Failure:
     """The same for a scan at hand."""
-    return prepare(Found(scan, scan.path, "", scan.scan, "", 0.0), Axis(scan.two_theta), whole)
+    return prepare(Found(scan, scan.path, "", scan.scan, "", 0.0), Axis(scan), whole)
 
 
 class Axis:
     """What only the angles of a scan decide.
 
     Args:
-        two_theta: (n_points,) rising, degrees.
+        scan: the first that has them.
 
     Attributes:
-        two_theta: the same.
+        two_theta: (n_points,) rising, degrees.
         kind: "scan" or "sticks".
         begin: (200,) the first point at or beyond the beginning of each bin of a thumbnail.
     """
 
-    def __init__(self, two_theta: NDArray[np.float64]) -> None:
-        self.two_theta = two_theta
-        self.kind = "scan" if is_scan(two_theta) else "sticks"
+    def __init__(self, scan: Scan) -> None:
+        two_theta = self.two_theta = scan.two_theta
+        self.kind = "scan" if scan.is_scan else "sticks"
         first, last = two_theta[0], two_theta[-1]
         edges = first + (last - first) / THUMBNAIL_BINS * np.arange(THUMBNAIL_BINS)
         self.begin = np.searchsorted(two_theta, edges)
@@ -130,7 +130,8 @@ def prepare(found: Found, axis: Axis, whole: bool) -> Prepared | Failure:
     if kind == "scan" and not whole:
         two_theta, intensity = find_peaks(two_theta, intensity)
         if len(two_theta) == 0:
-            reason = "peaks: must stand out of the noise, got none: amorphous, empty or too noisy"
+            rule = "peaks: must stand out of the noise, got none: amorphous, empty or too noisy"
+            reason = f"{shown_path(found.scan_id)}: {rule}"
             return Failure(found.scan_id, found.file, found.member, found.index, reason)
         if len(two_theta) < _FEW_PEAKS:
             notes.append(f"amorphous or nearly so: {len(two_theta)} peaks stand out")
@@ -163,7 +164,9 @@ def thumbnail(axis: Axis, intensity: NDArray[np.floating]) -> bytes:
         intensity: (n_points,), >= 0, positive somewhere.
 
     Example:
-        >>> thumbnail(Axis(np.array([10.0, 60.0])), np.array([25.0, 100.0]))[::199]
+        >>> from xrdfast.data.scans import scan_of_points
+        >>> scan = scan_of_points(np.array([10.0, 60.0]), np.array([25.0, 100.0]), path="two")
+        >>> thumbnail(Axis(scan), scan.intensity)[::199]
         b'\x80\xff'
     """
     begin = axis.begin  # the last bin holds the last point

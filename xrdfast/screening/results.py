@@ -34,7 +34,7 @@ SCHEMA = pa.schema(
         ("space_group", pa.list_(pa.int16())),  # numbers of the most probable, best first
         ("probability", pa.list_(pa.float32())),
         ("confidence", pa.float32()),  # calibrated probability of the best; null without a calibration
-        ("credible_set", pa.list_(pa.int16())),  # smallest set of 95 %; null without a calibration
+        ("conformal_set", pa.list_(pa.int16())),  # holds the true group in 95 %; null where not calibrated
         *((name, kind) for level in SUPERCLASSES for name, kind in (
             (level, pa.string()), (f"{level}_probability", pa.float32())
         )),

@@ -19,6 +19,7 @@ import gzip
 import hashlib
 import itertools
 import os
+import re
 import tarfile
 import threading
 import time
@@ -44,6 +45,9 @@ _MAX_SKIPPED = (
 )  # bytes that a compressed tar of any size may unpack to; what lies ahead is unpacked to skip it
 _BOMB = 200  # to 1, beyond these bytes: no measured scans pack like that
 _TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
+_PASSED_OVER = re.compile(
+    r"^\.|\.parquet$|\.parquet\.parts$|\.errors\.jsonl$"
+)  # hidden, and answers of a screening
 _KINDS = {
     ".tar": "tar",
     ".tar.gz": "tar",
@@ -154,7 +158,7 @@ def printable(path: str) -> str:
 def find_files(
     paths: Iterable[str | Path], skip: Callable[[str], bool] = lambda path: False
 ) -> Iterator[str]:
-    """Files below paths, each once; folders in the order of names, hidden names left out, links followed.
+    """Files below paths, each once; folders in the order of names, links followed; hidden names and answers left out.
 
     A folder is entered once, so loops of links end. A path that is neither there nor a pattern is given as it is:
     reading it will say what is wrong.
@@ -186,7 +190,7 @@ def find_files(
                 continue
             if (key := (status.st_dev, status.st_ino)) not in entered:
                 entered.add(key)
-                waiting += [os.path.join(path, name) for name in names if not name.startswith(".")]
+                waiting += [os.path.join(path, name) for name in names if not _PASSED_OVER.search(name)]
 
     for path in map(os.fspath, paths):
         if not os.path.lexists(path) and glob.has_magic(path):
@@ -352,10 +356,12 @@ def _read_content(
     digest = hashlib.sha256(data).hexdigest()
     index = 0
     try:
-        for scan in scans_of_content(data, name, given):
+        scans = scans_of_content(data, name, given)
+        first = list(itertools.islice(scans, 2))
+        for scan in itertools.chain(first, scans):
             seconds = time.perf_counter() - start
             if isinstance(scan, InputError):
-                yield _failure(file, member, index, str(scan))
+                yield _failure(file, member, index if len(first) > 1 else -1, str(scan))
             else:
                 yield Found(scan, printable(file), printable(member), index, digest, seconds)
             index += 1

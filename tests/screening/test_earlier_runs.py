@@ -1,0 +1,49 @@
+"""What a screening finds of earlier ones: their outputs, and failures of attempts that were killed."""
+
+from __future__ import annotations
+
+import json
+from unittest import mock
+
+import pytest
+
+from tests.screening.scans_written import write_folder
+from xrdfast.models import build_model
+from xrdfast.prediction import SymmetryPredictor
+from xrdfast.screening import pipeline
+from xrdfast.screening.pipeline import Screener
+
+
+@pytest.fixture(scope="module")
+def predictor() -> SymmetryPredictor:
+    return SymmetryPredictor(build_model("small").eval())
+
+
+def test_failures_of_an_attempt_that_was_killed_are_forgotten(predictor, tmp_path, monkeypatch):
+    folder, output = write_folder(tmp_path / "scans", 1), tmp_path / "out.parquet"
+    late = folder / "late.xy"
+    late.write_text("nothing here yet\n")
+    screener = Screener(predictor)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(pipeline, "write_table", mock.Mock(side_effect=KeyboardInterrupt))
+        screener.screen([folder], output)
+    late.write_bytes((folder / "0000.xy").read_bytes())
+    assert screener.screen([folder], output) == (2, 0) == screener.totals(output)
+    assert not (tmp_path / "out.errors.jsonl").exists()
+
+
+def test_own_output_is_known_through_a_link(predictor, tmp_path):
+    folder, link = write_folder(tmp_path / "scans", 1), tmp_path / "link"
+    link.symlink_to(folder)
+    screener = Screener(predictor)
+    assert screener.screen([link], folder / "out.parquet") == (1, 0)
+    assert screener.screen([link], folder / "out.parquet") == (0, 0)
+
+
+def test_answers_of_an_earlier_run_are_no_scans(predictor, tmp_path):
+    folder = write_folder(tmp_path / "scans", 1)
+    (folder / "bad.xy").write_text("nothing here\n")
+    assert Screener(predictor).screen([folder], folder / "a.parquet") == (1, 1)
+    assert Screener(predictor, top_k=3).screen([folder], folder / "b.parquet") == (1, 1)
+    (failure,) = map(json.loads, (folder / "b.errors.jsonl").read_text().splitlines())
+    assert failure["scan_id"] == str(folder / "bad.xy")  # one scan: no number, as in the table
