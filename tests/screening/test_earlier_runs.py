@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from unittest import mock
 
+import pyarrow.parquet as pq
 import pytest
 
 from tests.screening.scans_written import write_folder
@@ -47,3 +49,24 @@ def test_answers_of_an_earlier_run_are_no_scans(predictor, tmp_path):
     assert Screener(predictor, top_k=3).screen([folder], folder / "b.parquet") == (1, 1)
     (failure,) = map(json.loads, (folder / "b.errors.jsonl").read_text().splitlines())
     assert failure["scan_id"] == str(folder / "bad.xy")  # one scan: no number, as in the table
+
+
+def test_a_file_that_was_mended_is_tried_again(predictor, tmp_path):
+    """Once for each change, and its failure is forgotten when it is answered."""
+    folder, output = write_folder(tmp_path / "scans", 1), tmp_path / "out.parquet"
+    broken = [folder / "broken.xy", folder / "other.xy"]
+    for path in broken:
+        path.write_text("nothing here\n")
+    screener = Screener(predictor)
+    assert screener.screen([folder], output) == (1, 2)
+    assert screener.screen([folder], output) == (0, 0)
+    time.sleep(0.02)  # more than the clock of a file system
+    broken[0].write_bytes((folder / "0000.xy").read_bytes())
+    broken[1].write_text("nothing yet\n")
+    assert screener.screen([folder], output) == (1, 1)
+    assert screener.totals(output) == (2, 1)
+    assert screener.screen([folder], output) == (0, 0)
+    files = pq.read_table(output)["file"].to_pylist()
+    assert sorted(files) == [str(folder / "0000.xy"), str(broken[0])]
+    (failure,) = map(json.loads, (tmp_path / "out.errors.jsonl").read_text().splitlines())
+    assert failure["file"] == str(broken[1])

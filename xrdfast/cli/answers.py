@@ -385,7 +385,7 @@ def screen(
         return  # with 0: torchrun ends every process where one exits with another code
     if totals == (0, 0):
         raise InputError(f"{paths[0]}: paths: must hold a file, got none")
-    reasons = f"; why: {errors_path(output)}; to try these again, name another output" if totals[1] else ""
+    reasons = f"; why: {errors_path(output)}" if totals[1] else ""
     click.echo(
         f"{output}: {totals[0]} answered, {totals[1]} failed; of these now {done[0]} and {done[1]}{reasons}"
     )

@@ -30,7 +30,7 @@ from xrdfast.screening.results import (
     table_metadata,
     write_failures,
 )
-from xrdfast.screening.sources import Chunk, Failure, find_chunks
+from xrdfast.screening.sources import Chunk, Failure, find_chunks, printable
 
 _RUN_KEY, _CHUNKS_KEY = "xrdfast.run", "xrdfast.chunks"
 _WORTH = 0.1  # of the output: more of it that waits is worth writing the output anew
@@ -82,11 +82,13 @@ class Manifest:
     def extend(self, files: Iterable[str]) -> Iterator[tuple[int, Chunk]]:
         """Adds chunks of files that are in none yet, and gives each when it is safely noted.
 
+        A file that could not be read at all and has changed since goes into a chunk once more.
         Their paths are noted from the root, so that a run may go on from another working directory.
         Closing the iterator half way is fine: what was not given will be found again.
         """
         with self._locked():
             known: set[str] = set()
+            kept, changed = self.n_kept, self._changed_failures()
             begun: dict[str, int] = {}  # containers of which not every chunk is noted, and how far they are
             count = 0
             for number, chunk in self.chunks():
@@ -96,6 +98,9 @@ class Manifest:
                     begun[whole[0]] = chunk.end
                 else:
                     known.update(whole)
+                if number >= kept:  # on its way
+                    changed.difference_update(whole)
+            known -= changed
             new = (path for path in map(os.path.abspath, files) if path not in known)
             with self._writing() as file:
                 for chunk in find_chunks(new):
@@ -106,6 +111,17 @@ class Manifest:
                     os.fsync(file.fileno())
                     yield count, chunk
                     count += 1
+
+    def _changed_failures(self) -> set[str]:
+        """Files whose failures the output has, and which are younger than it."""
+        changed: set[str] = set()
+        with contextlib.suppress(FileNotFoundError):
+            noted = errors_path(self.output).stat().st_mtime_ns
+            for _, failure in read_failures(errors_path(self.output)):
+                with contextlib.suppress(OSError):
+                    if failure.scan_index < 0 and os.stat(failure.file).st_ctime_ns > noted:
+                        changed.add(failure.file)
+        return changed
 
     def part(self, number: int, chunk: Chunk) -> Path:
         """Where the answers of a chunk are or will be."""
@@ -142,9 +158,15 @@ class Manifest:
             return True
 
     def _join(self, kept: int, count: int, parts: list[Path]) -> None:
+        last = {printable(path): number for number, chunk in self.chunks() for path in chunk.paths}
+
         def failures() -> Iterator[tuple[int, Failure]]:
-            # those beyond `kept` were left by a run that was killed just before its output was in place
-            yield from ((number, f) for number, f in read_failures(errors_path(self.output)) if number < kept)
+            # Those beyond `kept` were left by a run that was killed just before its output was in place; files that
+            # were tried again say their last.
+            for number, failure in read_failures(errors_path(self.output)):
+                tried_again = failure.scan_index < 0 and last.get(failure.file, number) > number
+                if number < kept and not tried_again:
+                    yield number, failure
             for part in parts:
                 yield from read_failures(part_errors(part))
 
