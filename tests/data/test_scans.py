@@ -222,3 +222,12 @@ def test_native_parser_reads_a_scan():
     content = np.frombuffer(rows.encode(), np.uint8)
     assert columns._native_decimals(content).tobytes() == np.loadtxt(rows.splitlines()).tobytes()
     assert columns._native_decimals(np.frombuffer(b"1 2\n3" + b" " * 2000 + b"4\n", np.uint8)) is None
+
+
+@pytest.mark.parametrize("line", ["20,02 49", "20.02° 49", "1.0D+01 5", "20.02"])
+def test_lines_that_are_no_points_are_shown(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "odd.xy"
+    path.write_text(f"angle counts\n{line}\n{line}\n")
+    with pytest.raises(InputError, match="got 0, and lines such as") as caught:
+        read(path)
+    assert repr(line) in str(caught.value)

@@ -60,7 +60,10 @@ def _read(text: str, header: str) -> Points:
     if table is None:
         table = _rows(text)
     if len(table) < 2:
-        raise InputError(f"points: must be at least 2 lines of two or three numbers, got {len(table)}")
+        lines = text[: 1 << 16].split("\n")
+        other = next((line for line in lines if line.lstrip()[:1].isdigit() and len(_values(line)) < 2), "")
+        got = f"{len(table)}, and lines such as {one_line(other)[:60]!r}" if other else len(table)
+        raise InputError(f"points: must be at least 2 lines of two or three numbers, got {got}")
     return table[:, 0].copy(), table[:, 1].copy()
 
 
