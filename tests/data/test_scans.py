@@ -225,9 +225,8 @@ def test_native_parser_reads_a_scan():
 
 
 @pytest.mark.parametrize("line", ["20,02 49", "20.02° 49", "1.0D+01 5", "20.02"])
-def test_lines_that_are_no_points_are_shown(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "odd.xy"
-    path.write_text(f"angle counts\n{line}\n{line}\n")
+def test_lines_that_are_no_points_are_shown(tmp_path, line):
+    (tmp_path / "odd.xy").write_text(f"angle counts\n{line}\n{line}\n")
     with pytest.raises(InputError, match="got 0, and lines such as") as caught:
-        read(path)
+        xrdfast.read(tmp_path / "odd.xy")
     assert repr(line) in str(caught.value)
