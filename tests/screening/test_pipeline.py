@@ -127,8 +127,9 @@ def test_what_instruments_write_is_a_scan(predictor, tmp_path):
     np.savez(tmp_path / "few.npz", two_theta=TWO_THETA[thin], intensity=counts(0)[None, thin])
     np.savetxt(tmp_path / "few.xy", np.c_[TWO_THETA, counts(0)][thin], "%.3f")
     pack(tmp_path / "few.scans.safetensors", [read(tmp_path / "few.xy")])
-    kinds = {Path(row["file"]).suffixes[0]: row["kind"] for row in Screener(predictor).run([tmp_path])}
-    assert kinds == {".npz": "scan", ".scans": "scan", ".xy": "sticks"}
+    rows = {Path(row["file"]).suffixes[0]: row for row in Screener(predictor).run([tmp_path])}
+    assert {rows[name]["kind"] for name in (".npz", ".scans")} == {"scan"}
+    assert rows[".xy"]["kind"] == "sticks" and "read as a list of 425 lines" in rows[".xy"]["notes"]
 
 
 def test_what_a_model_cannot_say_is_null(tmp_path):

@@ -127,6 +127,8 @@ def prepare(found: Found, axis: Axis, whole: bool) -> Prepared | Failure:
     if kind == "scan":
         notes += _quality(counts)
         intensity = counts if whole else intensity
+    else:
+        notes.append(f"read as a list of {len(two_theta)} lines")
     if kind == "scan" and not whole:
         two_theta, intensity = find_peaks(two_theta, intensity)
         if len(two_theta) == 0:
