@@ -12,7 +12,7 @@ from xrdfast.prediction import SymmetryPredictor
 from xrdfast.screening.pipeline import Screener
 
 
-@pytest.mark.parametrize("name", ["lab", "lab-small"])
+@pytest.mark.parametrize("name", ["lab", "lab-small", "sticks"])
 def test_a_name_is_that_of_the_weights_that_ship(tmp_path: Path, monkeypatch, name: str) -> None:
     """A folder of scans of that name changes nothing; a run or a file of that name comes first."""
     monkeypatch.chdir(tmp_path)

@@ -128,13 +128,12 @@ def test_what_instruments_write_is_a_scan(predictor, tmp_path):
     np.savetxt(tmp_path / "few.xy", np.c_[TWO_THETA, counts(0)][thin], "%.3f")
     pack(tmp_path / "few.scans.safetensors", [read(tmp_path / "few.xy")])
     rows = {Path(row["file"]).suffixes[0]: row for row in Screener(predictor).run([tmp_path])}
-    assert {rows[name]["kind"] for name in (".npz", ".scans")} == {"scan"}
-    assert rows[".xy"]["kind"] == "sticks" and "read as a list of 425 lines" in rows[".xy"]["notes"]
+    assert [rows[name]["kind"] for name in (".npz", ".scans", ".xy")] == ["scan", "scan", "sticks"]
+    assert "read as a list of 425 lines" in rows[".xy"]["notes"]
 
 
 def test_what_a_model_cannot_say_is_null(tmp_path):
-    folder = write_folder(tmp_path / "scans", 1)
-    (row,) = Screener(build_model("plain_cnn").eval()).run([folder])
+    (row,) = Screener(build_model("plain_cnn").eval()).run(write_folder(tmp_path / "scans", 1))
     assert row["confidence"] is None and row["conformal_set"] is None and row["out_of_distribution"] is None
 
 
