@@ -9,7 +9,7 @@ from unittest import mock
 import pyarrow.parquet as pq
 import pytest
 
-from tests.screening.scans_written import write_folder
+from tests.screening.scans_written import write_folder, write_tar
 from xrdfast.models import build_model
 from xrdfast.prediction import SymmetryPredictor
 from xrdfast.screening import pipeline
@@ -70,3 +70,16 @@ def test_a_file_that_was_mended_is_tried_again(predictor, tmp_path):
     assert sorted(files) == [str(folder / "0000.xy"), str(broken[0])]
     (failure,) = map(json.loads, (tmp_path / "out.errors.jsonl").read_text().splitlines())
     assert failure["file"] == str(broken[1])
+
+
+def test_a_container_that_was_mended_is_not_read_twice(predictor, tmp_path):
+    """Some of its scans were answered."""
+    whole, output = write_tar(tmp_path / "some.tar", 3).read_bytes(), tmp_path / "out.parquet"
+    (tmp_path / "some.tar").write_bytes(whole[: 3 * len(whole) // 5])
+    screener = Screener(predictor)
+    answered, failed = screener.screen([tmp_path / "some.tar"], output)
+    assert answered >= 1 and failed == 1
+    time.sleep(0.02)
+    (tmp_path / "some.tar").write_bytes(whole)
+    assert screener.screen([tmp_path / "some.tar"], output) == (0, 0)
+    assert screener.totals(output) == (answered, failed)

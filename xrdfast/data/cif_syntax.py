@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 _MAX_BLOCKS = 1000
 
 # An unquoted symbol of several words, and a block name that is no single word: programs write them, the
-# grammar has neither. Blanks are taken once and for all (`++`): a line of
-# nothing else costs no more than its length.
+# grammar has neither. Blanks are taken once and for all (`++`): a line of nothing else costs its length, not the
+# square of it.
 _UNQUOTED_NAME = re.compile(
     rb"^([ \t]*+_(?:symmetry_)?space_group_name_(?:H-M(?:_alt|_full)?|Hall)[ \t]++)"
     rb"([^\s'\"#;_](?:[^\r\n'\"#_]*[^\s'\"#_])?)[ \t]*+$",

@@ -82,7 +82,7 @@ class Manifest:
     def extend(self, files: Iterable[str]) -> Iterator[tuple[int, Chunk]]:
         """Adds chunks of files that are in none yet, and gives each when it is safely noted.
 
-        A file that could not be read at all and has changed since goes into a chunk once more.
+        A file, not a container, that could not be read at all and has changed since goes into a chunk once more.
         Their paths are noted from the root, so that a run may go on from another working directory.
         Closing the iterator half way is fine: what was not given will be found again.
         """
@@ -98,7 +98,7 @@ class Manifest:
                     begun[whole[0]] = chunk.end
                 else:
                     known.update(whole)
-                if number >= kept:  # on its way
+                if number >= kept or chunk.kind != "files":  # on its way, or some of it may be answered
                     changed.difference_update(whole)
             known -= changed
             new = (path for path in map(os.path.abspath, files) if path not in known)
@@ -158,7 +158,8 @@ class Manifest:
             return True
 
     def _join(self, kept: int, count: int, parts: list[Path]) -> None:
-        last = {printable(path): number for number, chunk in self.chunks() for path in chunk.paths}
+        chunks = ((number, chunk) for number, chunk in self.chunks() if chunk.kind == "files")
+        last = {printable(path): number for number, chunk in chunks for path in chunk.paths}
 
         def failures() -> Iterator[tuple[int, Failure]]:
             # Those beyond `kept` were left by a run that was killed just before its output was in place; files that

@@ -205,9 +205,7 @@ def read_brml(data: bytes) -> list[Measured]:
         raise InputError(f"experiments: must be one, got {len(containers)}; export each as .xy or .uxd")
     strings = xml_elements(as_utf8(members[containers[0]]), frozenset(("string",)))
     listed = (element.text for element in strings if "RawDataReferenceList/" in element.path)
-    names = list(
-        dict.fromkeys(name for name in listed if name in members)
-    )  # each once, however often it is listed
+    names = list(dict.fromkeys(name for name in listed if name in members))  # each once
     if not 0 < len(names) <= MAX_SCANS:
         raise InputError(f"scans: must be 1..{MAX_SCANS}, got a BRML archive with {len(names)}")
     scans = []
