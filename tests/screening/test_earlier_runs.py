@@ -78,7 +78,7 @@ def test_a_container_that_was_mended_is_not_read_twice(predictor, tmp_path):
     (tmp_path / "some.tar").write_bytes(whole[: 3 * len(whole) // 5])
     screener = Screener(predictor)
     answered, failed = screener.screen([tmp_path / "some.tar"], output)
-    assert answered >= 1 and failed == 1
+    assert answered >= 1 and failed >= 1
     time.sleep(0.02)
     (tmp_path / "some.tar").write_bytes(whole)
     assert screener.screen([tmp_path / "some.tar"], output) == (0, 0)
