@@ -102,6 +102,6 @@ def model_option(default: str) -> Callable[[Any], Any]:
     return click.option(
         "--model",
         type=click.Path(path_type=Path),
-        help="Run folder, model file, or weights that ship: lab, or lab-small, a quarter of its work. Without it, "
-        f"{default}.",
+        help="Run folder, model file, or weights that ship: lab; lab-small, a quarter of its work; sticks, for "
+        f"calculated lines of inorganic crystals. Without it, {default}.",
     )
