@@ -230,3 +230,11 @@ def test_lines_that_are_no_points_are_shown(tmp_path, line):
     with pytest.raises(InputError, match="got 0, and lines such as") as caught:
         xrdfast.read(tmp_path / "odd.xy")
     assert repr(line) in str(caught.value)
+
+
+def test_short_scans_of_instruments_may_dip_below_zero():
+    two_theta, intensity = np.arange(10.0, 20.0, 0.1), np.r_[-1.0, np.full(99, 100.0)]
+    found = scan_of_points(two_theta, intensity, path="a", format="GSAS")
+    assert found.is_scan and found.intensity[0] == 0.0
+    with pytest.raises(InputError, match="point 1: intensity must be >= 0 in a list of lines"):
+        scan_of_points(two_theta, intensity, path="a")

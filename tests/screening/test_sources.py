@@ -132,6 +132,7 @@ def test_find_files(tmp_path, monkeypatch):
     found = list(find_files([folder, str(folder / "*.xy"), folder / "none"]))
     assert sorted(map(os.path.basename, found)) == ["0000.xy", "0001.xy", "new\nline.xy", "none"]
     assert list(find_files([folder], lambda path: path == str(folder))) == []
+    assert list(find_files(str(folder / "0000.xy"))) == [str(folder / "0000.xy")]  # not its letters
     assert "\\n" in read_paths(folder / "new\nline.xy" / "x")[0].reason
 
 

@@ -65,9 +65,7 @@ class Scan:
         Files of instruments and stacks hold nothing else. Of columns of text the angles tell (`peaks.is_scan`), and of
         packed scans, which may have been columns, as well: there more than 50 equal steps are enough.
         """
-        if self.format == PACKED:
-            return is_scan(self.two_theta, more_than=50)
-        return self.format != COLUMNS or is_scan(self.two_theta)
+        return _are_of_a_scan(self.two_theta, self.format)
 
     @property
     def is_doublet(self) -> bool:
@@ -81,7 +79,7 @@ def read(path: str | Path, *, wavelength: str | float | None = None, scan: int |
     PANalytical XRDML; Bruker RAW 1 to 4, UXD and BRML; Rigaku RAS and RASX; STOE RAW; GSAS; powder CIF; text with
     a start, a step and counts; two or three columns of text. The content tells the format, not the name; a .gz or
     .bz2 is opened first. Intensities are as in the file, multiplied by attenuation factors it lists; those of a
-    list of lines are >= 0, and a scan (`is_scan`) may dip to -5 % of its maximum and is clipped to 0. Points at or
+    list of lines are >= 0, and a scan (`Scan.is_scan`) may dip to -5 % of its maximum and is clipped to 0. Points at or
     below 0 degrees, which a detector that crosses the beam has, are left out.
 
     The wavelength is the file's; else the one given; else copper K-alpha is assumed. `wavelength_source` says
@@ -202,7 +200,7 @@ def scan_of_points(
     Raises:
         InputError: for points that break a rule.
     """
-    _check_points(two_theta, intensity)
+    _check_points(two_theta, intensity, format)
     more = []
     if intensity.min() < 0.0:
         negative = int((intensity < 0.0).sum())
@@ -230,7 +228,13 @@ def scan_of_points(
     )
 
 
-def _check_points(two_theta: NDArray[np.float64], intensity: NDArray[np.float64]) -> None:
+def _are_of_a_scan(two_theta: NDArray[np.float64], format: str) -> bool:
+    if format == PACKED:
+        return is_scan(two_theta, more_than=50)
+    return format != COLUMNS or is_scan(two_theta)
+
+
+def _check_points(two_theta: NDArray[np.float64], intensity: NDArray[np.float64], format: str) -> None:
     """The rules of every scan."""
     if len(two_theta) < 2 or len(two_theta) != len(intensity):
         raise InputError(f"points: must be at least 2, got {len(two_theta)}")
@@ -249,7 +253,7 @@ def _check_points(two_theta: NDArray[np.float64], intensity: NDArray[np.float64]
         raise InputError(f"intensity: must be positive somewhere, got a maximum of {maximum:g}")
     if lowest >= 0.0:
         return
-    if is_scan(two_theta):
+    if _are_of_a_scan(two_theta, format):
         if lowest < -_DIP * maximum:
             at = int(intensity.argmin())
             rule = "at least -5 % of the maximum of the scan"

@@ -156,7 +156,7 @@ def printable(path: str) -> str:
 
 
 def find_files(
-    paths: Iterable[str | Path], skip: Callable[[str], bool] = lambda path: False
+    paths: str | Path | Iterable[str | Path], skip: Callable[[str], bool] = lambda path: False
 ) -> Iterator[str]:
     """Files below paths, each once; folders in the order of names, links followed; hidden names and answers left out.
 
@@ -164,7 +164,7 @@ def find_files(
     reading it will say what is wrong.
 
     Args:
-        paths: files, folders, and patterns with `*`, `?`, `[` and `**`.
+        paths: files, folders, and patterns with `*`, `?`, `[` and `**`; or one of them.
         skip: says which files and folders to leave out, by absolute path.
     """
     entered: set[tuple[int, int]] = set()
@@ -192,7 +192,7 @@ def find_files(
                 entered.add(key)
                 waiting += [os.path.join(path, name) for name in names if not _PASSED_OVER.search(name)]
 
-    for path in map(os.fspath, paths):
+    for path in map(os.fspath, [paths] if isinstance(paths, (str, Path)) else paths):
         if not os.path.lexists(path) and glob.has_magic(path):
             for match in sorted(glob.glob(path, recursive=True)):
                 yield from walk(match)
